@@ -1,0 +1,45 @@
+"""Each notebook runs from top to bottom with the smoke preset."""
+
+import importlib.util
+import json
+
+import pytest
+from conftest import run_notebook
+from notebooks import cell_by_id, code_digest, errors, read
+from test_results import check_record
+
+BUDGET = 60
+
+
+def smoke(notebook_path, folder, data_dir, **env):
+    """Run a notebook with the smoke preset in `folder`, check what it left, and return its record."""
+    parameters = {"PRESET": "smoke", "DATA_DIR": str(data_dir), "RUN_DIR": "runs"}
+    if "WEIGHTS" in cell_by_id(read(notebook_path), "parameters").source:
+        parameters["WEIGHTS"] = None
+    run = run_notebook(notebook_path, folder / notebook_path.name, env=env, **parameters)
+    print(f"{notebook_path.stem}: {run.seconds:.0f} s, budget {BUDGET} s on two cores")
+    assert run.seconds < 3 * BUDGET
+    assert errors(run.notebook) == []
+    made = folder / "runs" / notebook_path.stem / "smoke-seed0"
+    record = json.loads((made / "record.json").read_text(encoding="utf-8"))
+    check_record(record)
+    assert record["code_sha256"] == code_digest(run.notebook) == code_digest(read(notebook_path))
+    for stage in record["stages"]:
+        assert {"history.csv", "finished.json"} <= {file.name for file in (made / stage["name"]).iterdir()}
+    return record
+
+
+def test_on_made_data(notebook_path, small_cifar, tmp_path):
+    record = smoke(notebook_path, tmp_path, small_cifar)
+    assert (record["preset"], record["seed"], record["data_official"]) == ("smoke", 0, False)
+
+
+def test_on_real_data(notebook_path, real_cifar, tmp_path):
+    smoke(notebook_path, tmp_path, real_cifar)
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    assert smoke(notebook_path, tmp_path, small_cifar, KERAS_BACKEND=backend)["versions"]["backend"] == backend
