@@ -89,7 +89,9 @@ def real_cifar(pytestconfig):
             folder = pytestconfig.cache.mkdir("cifar10")
             subprocess.run([sys.executable, str(unpack), str(folder)], check=True)
             return folder
-    pytest.skip("the real CIFAR-10 is not at hand: set CIFAR10_DIR to the folder that holds cifar-10-batches-py")
+    pytest.skip(
+        "the real CIFAR-10 is not at hand: set CIFAR10_DIR to the folder that holds cifar-10-batches-py"
+    )
 
 
 @dataclass

@@ -4,7 +4,9 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 NAME = "1_CNN_Model"
-README = "# Small\n" + "".join(f"\n<!-- {name} -->\n<!-- /{name} -->\n" for name in ("results", "claims", "stages"))
+README = "# Small\n" + "".join(
+    f"\n<!-- {name} -->\n<!-- /{name} -->\n" for name in ("results", "claims", "stages")
+)
 TITLE = "# Small\n\n<!-- result -->\n<!-- /result -->\n\nText that stays."
 PARAMETERS = """PRESET = "auto"
 SEED = 0

@@ -128,7 +128,12 @@ def test_wrong_content(load_cifar10, folder, content):
     assert_one_clear_error(load_cifar10, folder, "data_batch_2")
 
 
-NOT_BATCHES = {"empty": b"", "html": b"<html></html>", "gzip": b"\x1f\x8b\x08" + bytes(100), "list": pickle.dumps([1])}
+NOT_BATCHES = {
+    "empty": b"",
+    "html": b"<html></html>",
+    "gzip": b"\x1f\x8b\x08" + bytes(100),
+    "list": pickle.dumps([1]),
+}
 
 
 @pytest.mark.parametrize("content", NOT_BATCHES.values(), ids=NOT_BATCHES.keys())
@@ -154,7 +159,8 @@ MALICIOUS = {
     "open": lambda marker: calls(open, marker, "w"),
     "numpy": lambda marker: calls(np.savetxt, marker, [0]),
     "getattr": lambda marker: (
-        b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR" + f"(S'touch {marker}'\ntR.".encode()
+        b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(S'os'\ntRS'system'\ntR"
+        + f"(S'touch {marker}'\ntR.".encode()
     ),
     "instance": lambda marker: f"(S'touch {marker}'\nios\nsystem\n.".encode(),
 }

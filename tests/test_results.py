@@ -66,7 +66,9 @@ def check_record(published):
         assert all(0 <= stage[f"{part}_accuracy"] <= 1 for part in ("train", "validation", "test"))
         assert stage["gap"] == pytest.approx(stage["train_accuracy"] - stage["validation_accuracy"], abs=1e-6)
         assert 1 <= stage["best_epoch"] <= stage["epochs"]
-        assert min(stage["parameters"], stage["training_flops"], stage["flops_per_image"], stage["seconds"]) > 0
+        assert (
+            min(stage["parameters"], stage["training_flops"], stage["flops_per_image"], stage["seconds"]) > 0
+        )
     final = next(stage for stage in published["stages"] if stage["name"] == published["final"]["stage"])
     assert all(published["final"][key] == final[key] for key in FINAL_KEYS - {"stage"})
     assert all(set(claim) >= {"claim", "experiment", "outcome"} for claim in published["claims"])

@@ -42,4 +42,6 @@ def test_on_real_data(notebook_path, real_cifar, tmp_path):
 def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    assert smoke(notebook_path, tmp_path, small_cifar, KERAS_BACKEND=backend)["versions"]["backend"] == backend
+    assert (
+        smoke(notebook_path, tmp_path, small_cifar, KERAS_BACKEND=backend)["versions"]["backend"] == backend
+    )

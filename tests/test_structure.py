@@ -34,7 +34,13 @@ PROVIDED_BY = {"sklearn": "scikit-learn", "IPython": "jupyterlab"}
 def prose(notebook):
     """Text of the Markdown cells without headings, tables, code, comments, formulas, and link targets."""
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    for pattern in (r"<!-- result -->.*?<!-- /result -->", r"<!--.*?-->", r"```.*?```", r"\$\$.*?\$\$", r"\$[^$\n]*\$"):
+    for pattern in (
+        r"<!-- result -->.*?<!-- /result -->",
+        r"<!--.*?-->",
+        r"```.*?```",
+        r"\$\$.*?\$\$",
+        r"\$[^$\n]*\$",
+    ):
         text = re.sub(pattern, " ", text, flags=re.DOTALL)
     text = re.sub(r"^(#|\|).*$", " ", text, flags=re.MULTILINE)
     return re.sub(r"\]\([^)]*\)", "]", text)
@@ -92,7 +98,9 @@ def test_sections_in_order(notebook):
         if line.startswith("## ")
     ]
     assert len(headings) == len(SECTIONS), headings
-    assert [h for h, section in zip(headings, SECTIONS, strict=True) if not re.match(rf"{section}\b", h)] == []
+    assert [
+        h for h, section in zip(headings, SECTIONS, strict=True) if not re.match(rf"{section}\b", h)
+    ] == []
 
 
 def test_title_cell(notebook):
@@ -125,12 +133,16 @@ def test_outputs_are_of_one_run_or_none(notebook, notebook_path):
 
 def test_nothing_left_of_papermill(notebook):
     assert "papermill" not in notebook.metadata
-    assert [cell.id for cell in notebook.cells if "papermill" in cell.metadata or notebooks.is_injected(cell)] == []
+    assert [
+        cell.id for cell in notebook.cells if "papermill" in cell.metadata or notebooks.is_injected(cell)
+    ] == []
 
 
 def test_no_paths_of_a_machine(notebook):
     assert notebooks.leaks(notebook, [ROOT]) == []
-    assert [(cell.id, path) for cell in notebook.cells for path in notebooks.machine_paths(cell.source, [ROOT])] == []
+    assert [
+        (cell.id, path) for cell in notebook.cells for path in notebooks.machine_paths(cell.source, [ROOT])
+    ] == []
 
 
 def test_code_cells_are_short(notebook):
@@ -176,7 +188,9 @@ def test_imports_are_in_the_requirements(notebook):
     allowed = listed_packages()
     used = {package for cell in code_cells(notebook) for package in all_imports(ast.parse(cell.source))}
     unlisted = used - set(sys.stdlib_module_names) - (BACKENDS - {"tensorflow"})
-    assert {package for package in unlisted if PROVIDED_BY.get(package, package).lower() not in allowed} == set()
+    assert {
+        package for package in unlisted if PROVIDED_BY.get(package, package).lower() not in allowed
+    } == set()
 
 
 def test_shared_cells_are_alike():
@@ -187,19 +201,25 @@ def test_shared_cells_are_alike():
 
 def test_measured_numbers_come_from_the_record(notebook):
     """A percentage with decimals in prose is a measurement, and those are printed by code or generated."""
-    typed = [line for line in prose(notebook).splitlines() if re.search(r"\d\.\d+\s*%", line) and "](" not in line]
+    typed = [
+        line for line in prose(notebook).splitlines() if re.search(r"\d\.\d+\s*%", line) and "](" not in line
+    ]
     assert typed == []
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=["check", "format"])
 def test_ruff(arguments):
-    result = subprocess.run([sys.executable, "-m", "ruff", *arguments, "."], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments, "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_ci_runs_the_readme_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = [block.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "pytest" in block]
+    commands = [
+        block.strip() for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "pytest" in block
+    ]
     assert len(commands) == 1
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert commands[0] in script

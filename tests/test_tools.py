@@ -85,7 +85,9 @@ def test_recording_publishes_record_outputs_figures_and_tables(recorded):
     assert [cell.execution_count for cell in notebooks.code_cells(notebook)] == [1, 2, 3, 4]
     assert cell_by_id(notebook, "parameters").source == small_portfolio.PARAMETERS
     assert [cell.id for cell in notebook.cells] == ["title", "parameters", "train", "curves", "record"]
-    assert "papermill" not in json.dumps(notebook.metadata) + "".join(str(cell.metadata) for cell in notebook.cells)
+    assert "papermill" not in json.dumps(notebook.metadata) + "".join(
+        str(cell.metadata) for cell in notebook.cells
+    )
     assert (recorded / "results" / NAME / "curves.png").read_bytes().startswith(b"\x89PNG")
     title = cell_by_id(notebook, "title").source
     assert "test accuracy **89.00 %**" in title and title.endswith("Text that stays.")
@@ -134,7 +136,10 @@ def test_data_that_are_not_official_get_a_footnote(recorded, portfolio):
     ("train", "message"),
     [
         ("raise ValueError('no')", "did not finish"),
-        (small_portfolio.TRAIN + "\nprint('/home/ann/data')", "train names a path of this machine: /home/ann"),
+        (
+            small_portfolio.TRAIN + "\nprint('/home/ann/data')",
+            "train names a path of this machine: /home/ann",
+        ),
         (small_portfolio.TRAIN + "\nIn.append('more')", "other code"),
     ],
     ids=["error", "path", "digest"],
@@ -149,11 +154,15 @@ def test_what_must_not_be_published_is_refused(tmp_path, train, message):
     assert (tmp_path / "runs" / f"{NAME}-gpu-seed0.ipynb").exists()
 
 
-@pytest.mark.parametrize("text", ["/home/ann/x", "in '/tmp/ipykernel_1/2.py'", "/root/.keras", r"C:\Users\Ann"])
+@pytest.mark.parametrize(
+    "text", ["/home/ann/x", "in '/tmp/ipykernel_1/2.py'", "/root/.keras", r"C:\Users\Ann"]
+)
 def test_paths_of_a_machine_are_found(text):
     assert notebooks.machine_paths(text)
 
 
-@pytest.mark.parametrize("text", ["https://a.org/home/x", "runs/home/x", "and/or", "/content/drive/MyDrive", "~/tmp/x"])
+@pytest.mark.parametrize(
+    "text", ["https://a.org/home/x", "runs/home/x", "and/or", "/content/drive/MyDrive", "~/tmp/x"]
+)
 def test_other_paths_are_let_be(text):
     assert notebooks.machine_paths(text) == []

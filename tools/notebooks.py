@@ -76,7 +76,9 @@ def is_injected(cell):
 
 def code_digest(notebook):
     """SHA-256 of the code that ran: all code cells in order, without those that hold parameters."""
-    cells = [cell for cell in code_cells(notebook) if "parameters" not in tags(cell) and not is_injected(cell)]
+    cells = [
+        cell for cell in code_cells(notebook) if "parameters" not in tags(cell) and not is_injected(cell)
+    ]
     return hashlib.sha256("\n\n".join(cell.source.rstrip() for cell in cells).encode()).hexdigest()
 
 

@@ -33,20 +33,31 @@ from notebooks import (
 
 def arguments(argv):
     """Parsed command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebook", help="file or name of the notebook, e.g. 1_CNN_Model.ipynb")
     parser.add_argument("--preset", choices=["smoke", "cpu", "gpu"], default="gpu")
-    parser.add_argument("--seed", type=int, default=0, help="0: the published run; another: a further seed of it")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="0: the published run; another: a further seed of it"
+    )
     parser.add_argument("--data-dir", help="folder that holds cifar-10-batches-py; default: download")
     parser.add_argument("--data-note", default="", help="footnote, if the data are not the official files")
-    parser.add_argument("--run-dir", default="runs", help="checkpoints and histories (relative: in the repository)")
+    parser.add_argument(
+        "--run-dir", default="runs", help="checkpoints and histories (relative: in the repository)"
+    )
     parser.add_argument("--weights", help="the notebook's WEIGHTS, e.g. a file, where there is no internet")
     return parser.parse_args(argv)
 
 
 def notebook_parameters(args):
     """Parameters to inject into the notebook."""
-    parameters = {"PRESET": args.preset, "SEED": args.seed, "RUN_DIR": args.run_dir, "DATA_NOTE": args.data_note}
+    parameters = {
+        "PRESET": args.preset,
+        "SEED": args.seed,
+        "RUN_DIR": args.run_dir,
+        "DATA_NOTE": args.data_note,
+    }
     if args.data_dir:
         parameters["DATA_DIR"] = str(Path(args.data_dir).resolve())
     if args.weights:
@@ -61,7 +72,12 @@ def execute(path, executed, parameters, root):
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            str(path), str(executed), parameters=parameters, kernel_name="python3", cwd=str(root), log_output=True
+            str(path),
+            str(executed),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(root),
+            log_output=True,
         )
     except (papermill.PapermillExecutionError, KeyboardInterrupt) as error:
         print(error, file=sys.stderr)
@@ -91,9 +107,13 @@ def check(notebook, record, folders):
     if found := errors(notebook):
         raise SystemExit("\n".join(f"Cell {cell_id} ended with {error}" for cell_id, error in found))
     found = leaks(notebook, folders)
-    found += [("(the record)", path) for path in machine_paths(json.dumps(record, ensure_ascii=False), folders)]
+    found += [
+        ("(the record)", path) for path in machine_paths(json.dumps(record, ensure_ascii=False), folders)
+    ]
     if found:
-        raise SystemExit("\n".join(f"Output of cell {where} names a path of this machine: {p}" for where, p in found))
+        raise SystemExit(
+            "\n".join(f"Output of cell {where} names a path of this machine: {p}" for where, p in found)
+        )
     if record["code_sha256"] != code_digest(notebook):
         raise SystemExit("The record is of other code than the notebook's: were its last cells not run?")
 
@@ -143,7 +163,9 @@ def main(argv=None, root=ROOT):
         write_json(root / "results" / f"{path.stem}-seed{args.seed}.json", record)
         refresh.refresh(root)
     refresh.report_left_out(root)
-    print(f"{path.stem}: test accuracy {refresh.percent(record['final']['test_accuracy'])} %, published in results/.")
+    print(
+        f"{path.stem}: test accuracy {refresh.percent(record['final']['test_accuracy'])} %, published in results/."
+    )
     return 0
 
 

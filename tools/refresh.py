@@ -86,7 +86,9 @@ def result_row(name, root, notes):
     if record is None:
         return [link, "recorded run pending", *[""] * 6]
     final = record["final"]
-    accuracies = [r["final"]["test_accuracy"] for r in [record, *seed_records(name, record, root)[0].values()]]
+    accuracies = [
+        r["final"]["test_accuracy"] for r in [record, *seed_records(name, record, root)[0].values()]
+    ]
     return [
         link,
         f"**{mean_percent(accuracies)}**{footnote(record, notes)}",
@@ -132,7 +134,15 @@ def stages_block(root, name="1_CNN_Model"):
     record = load_record(name, root)
     if record is None:
         return PENDING
-    header = ["Stage", "Epochs", "Best epoch", "Parameters", "Training, PFLOP", "Training time", "Training accuracy, %"]
+    header = [
+        "Stage",
+        "Epochs",
+        "Best epoch",
+        "Parameters",
+        "Training, PFLOP",
+        "Training time",
+        "Training accuracy, %",
+    ]
     rows = [stage_row(stage) for stage in record["stages"]]
     return table([*header, "Validation accuracy, %", "Gap, points", "Test accuracy, %"], rows)
 
@@ -159,7 +169,9 @@ def result_block(name, root):
     if record is None:
         return PENDING
     final = record["final"]
-    title = next((stage["title"] for stage in record["stages"] if stage["name"] == final["stage"]), final["stage"])
+    title = next(
+        (stage["title"] for stage in record["stages"] if stage["name"] == final["stage"]), final["stage"]
+    )
     lines = [
         f"**Recorded run** (preset `{record['preset']}`, seed {record['seed']}, {record['date']}): "
         f"test accuracy **{percent(final['test_accuracy'])} %**, "
@@ -230,13 +242,17 @@ def report_left_out(root=ROOT):
     """Print which results of further seeds were not averaged, and return their names."""
     names = [name for title in TITLES for name in seed_records(title, load_record(title, root), root)[1]]
     for name in names:
-        print(f"results/{name} is left out: it is not another seed of the recorded code, preset, data and weights.")
+        print(
+            f"results/{name} is left out: it is not another seed of the recorded code, preset, data and weights."
+        )
     return names
 
 
 def main(argv=None, root=ROOT):
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something is stale")
     check = parser.parse_args(argv).check
     stale = refresh(root, check)

@@ -49,7 +49,9 @@ def alike(cell, original):
 def carry(cell, original):
     """Make `cell` a copy of `original`, leaving its outputs alone."""
     if cell.cell_type != original.cell_type:
-        raise SystemExit(f"{cell.id}: is {cell.cell_type} here and {original.cell_type} in the original; change one id")
+        raise SystemExit(
+            f"{cell.id}: is {cell.cell_type} here and {original.cell_type} in the original; change one id"
+        )
     cell.source = original.source
     if "shared" not in tags(cell):
         cell.metadata["tags"] = [*tags(cell), "shared"]
@@ -57,7 +59,9 @@ def carry(cell, original):
 
 def main(argv=None, root=ROOT):
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a copy differs")
     check = parser.parse_args(argv).check
     notebooks = {path: read(path) for path in notebook_paths(root)}
