@@ -213,10 +213,13 @@ def interruption(epoch, batch=1, error=None):
             signal.raise_signal(signal.SIGINT)
 
     callbacks.on_epoch_begin, callbacks.on_train_batch_begin = on_epoch_begin, on_train_batch_begin
+    # A process started in the background by a shell ignores Ctrl-C; a kernel never does.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(type(error) if error else KeyboardInterrupt):
             yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         callbacks.on_epoch_begin, callbacks.on_train_batch_begin = begin_epoch, begin_batch
 
 
