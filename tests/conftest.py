@@ -94,6 +94,17 @@ def real_cifar(pytestconfig):
     )
 
 
+def find_weights_file(name):
+    """ImageNet weights of a notebook's backbone, where a file of them is at hand; skips the test otherwise."""
+    backbone = name.partition("_")[2].lower()
+    for folder in (os.environ.get("WEIGHTS_DIR"), ROOT.parent / "shared" / "weights"):
+        if folder and (found := sorted(Path(folder).glob(f"{backbone}_*notop.weights.h5"))):
+            return found[0].resolve()
+    pytest.skip(
+        f"no weights of {backbone} are at hand: set WEIGHTS_DIR to a folder with {backbone}_*notop.weights.h5"
+    )
+
+
 @dataclass
 class Run:
     """What came of running a notebook: where it was saved, how it ended, what it printed, how long it took."""

@@ -1,21 +1,27 @@
 """Each notebook runs from top to bottom with the smoke preset."""
 
+import contextlib
 import importlib.util
 import json
 
 import pytest
-from conftest import run_notebook
+from conftest import find_weights_file, run_notebook
 from notebooks import cell_by_id, code_digest, errors, read
 from test_results import check_record
 
 BUDGET = 60
 
 
-def smoke(notebook_path, folder, data_dir, **env):
+def wants_weights(notebook_path):
+    """Whether a notebook starts from a pretrained backbone."""
+    return "WEIGHTS" in cell_by_id(read(notebook_path), "parameters").source
+
+
+def smoke(notebook_path, folder, data_dir, weights=None, **env):
     """Run a notebook with the smoke preset in `folder`, check what it left, and return its record."""
     parameters = {"PRESET": "smoke", "DATA_DIR": str(data_dir), "RUN_DIR": "runs"}
-    if "WEIGHTS" in cell_by_id(read(notebook_path), "parameters").source:
-        parameters["WEIGHTS"] = None
+    if wants_weights(notebook_path):
+        parameters["WEIGHTS"] = weights and str(weights)
     run = run_notebook(notebook_path, folder / notebook_path.name, env=env, **parameters)
     print(f"{notebook_path.stem}: {run.seconds:.0f} s, budget {BUDGET} s on two cores")
     assert run.seconds < 3 * BUDGET
@@ -35,7 +41,13 @@ def test_on_made_data(notebook_path, small_cifar, tmp_path):
 
 
 def test_on_real_data(notebook_path, real_cifar, tmp_path):
-    smoke(notebook_path, tmp_path, real_cifar)
+    """With pretrained weights as well, where they are at hand."""
+    weights = None
+    if wants_weights(notebook_path):
+        with contextlib.suppress(pytest.skip.Exception):
+            weights = find_weights_file(notebook_path.stem)
+    record = smoke(notebook_path, tmp_path, real_cifar, weights)
+    assert weights is None or weights.name in record["weights"]
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])

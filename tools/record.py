@@ -2,6 +2,7 @@
 
     python tools/record.py 1_CNN_Model.ipynb --preset gpu
     python tools/record.py 1_CNN_Model.ipynb --preset gpu --seed 1     a further seed: only results/<name>-seed1.json
+    python tools/record.py 2_MobileNetV2.ipynb --preset cpu --weights FILE --weights-note "what the file is"
 
 Nothing committed changes unless the whole notebook ran. After an interruption or an error the part that was executed
 stays in RUN_DIR, and the same command goes on where training stopped.
@@ -47,6 +48,7 @@ def arguments(argv):
         "--run-dir", default="runs", help="checkpoints and histories (relative: in the repository)"
     )
     parser.add_argument("--weights", help="the notebook's WEIGHTS, e.g. a file, where there is no internet")
+    parser.add_argument("--weights-note", help="what that file is, if it is not Keras's own")
     return parser.parse_args(argv)
 
 
@@ -63,6 +65,8 @@ def notebook_parameters(args):
     if args.weights:
         weights = Path(args.weights)
         parameters["WEIGHTS"] = str(weights.resolve()) if weights.exists() else args.weights
+    if args.weights_note:
+        parameters["WEIGHTS_NOTE"] = args.weights_note
     return parameters
 
 

@@ -1,0 +1,262 @@
+"""What single notebooks add to the course: their own layers, schedules and plans do what their prose says."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from notebooks import cell_by_id, code_cells, notebook_paths, read
+
+START = ["imports"]
+
+
+def cells(name, *ids, **values):
+    """Namespace of some cells of the notebook `name`, over `values`; skips where there is no such notebook."""
+    path = ROOT / f"{name}.ipynb"
+    if not path.exists():
+        pytest.skip(f"{path.name} is in preparation")
+    notebook, namespace = read(path), {"__name__": "cells"}
+    for number, cell_id in enumerate(ids):
+        exec(compile(cell_by_id(notebook, cell_id).source, f"<{cell_id}>", "exec"), namespace)
+        if number == 0:
+            namespace.update(values)
+    return namespace
+
+
+def random_images(count=64):
+    """Random images, uint8 (count, 32, 32, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def as_array(keras, tensor):
+    """A tensor of any backend as a NumPy array."""
+    return keras.ops.convert_to_numpy(tensor)
+
+
+class TestAugmentation:
+    """Notebook 1, shared by all."""
+
+    def layers(self):
+        """The two layers, and Keras."""
+        space = cells("1_CNN_Model", "imports", "alternating-flip", "random-shift", "augmentation")
+        return space["keras"], space
+
+    def test_two_epochs_in_a_row_show_both_sides_of_every_image(self):
+        keras, space = self.layers()
+        flip, images = space["AlternatingFlip"](), random_images()
+        seen = []
+        for epoch in range(4):
+            flip(images[:1])
+            flip.epoch.assign(epoch)
+            seen.append(as_array(keras, flip(images, training=True)))
+        mirrored = [(epoch == images[:, :, ::-1]).all((1, 2, 3)) for epoch in seen]
+        plain = [(epoch == images).all((1, 2, 3)) for epoch in seen]
+        assert all((m ^ p).all() for m, p in zip(mirrored, plain))
+        assert (mirrored[0] ^ mirrored[1]).all() and np.array_equal(mirrored[0], mirrored[2])
+        assert 0.3 < mirrored[0].mean() < 0.7
+
+    def test_a_shift_moves_whole_images_by_at_most_so_many_pixels(self):
+        keras, space = self.layers()
+        ramp = np.broadcast_to(np.arange(32, dtype="float32")[:, None, None], (200, 32, 32, 3))
+        moved = as_array(keras, space["RandomShift"](4)(ramp, training=True))
+        steps = moved[:, 16, 16, 0] - 16
+        assert set(steps) == set(range(-4, 5))
+        np.testing.assert_array_equal(moved[:, 8:24], ramp[:, 8:24] + steps[:, None, None, None])
+
+    def test_prediction_sees_the_images_as_they_are(self):
+        keras, space = self.layers()
+        images = random_images()
+        np.testing.assert_array_equal(
+            as_array(keras, space["augmentation"]()(images, training=False)), images
+        )
+
+    def test_every_epoch_has_its_own_number_and_seeds(self):
+        keras, space = self.layers()
+        more = cells("1_CNN_Model", "imports", "derived-seed", "epoch-seed")
+        model = keras.Sequential([keras.Input((32, 32, 3), dtype="uint8"), space["augmentation"]()])
+        batches = type("Batches", (), {"seed": 3, "start_epoch": lambda self, epoch: None})()
+        callback = more["EpochSeed"](batches)
+        callback.set_model(model)
+        looks = []
+        for epoch in (0, 1, 2, 1):
+            callback.on_epoch_begin(epoch)
+            looks.append(as_array(keras, model(random_images(), training=True)))
+        assert np.array_equal(looks[1], looks[3])
+        assert not np.array_equal(looks[0], looks[2])
+
+
+class TestThawing:
+    """Notebook 3."""
+
+    @pytest.fixture(scope="class")
+    def space(self):
+        """Its function, its choices, and an untrained backbone."""
+        space = cells("3_DenseNet121", "imports", "backbone-choice", "unfreeze", "choices")
+        base = space["BACKBONE"](include_top=False, weights=None, input_shape=(32, 32, 3))
+        return space | {"base": base}
+
+    def test_each_choice_thaws_from_a_layer_on(self, space):
+        base = space["base"]
+        names = [layer.name for layer in base.layers]
+        counts = {}
+        for choice, (_, thaw) in space["CHOICES"].items():
+            space["unfreeze"](base, thaw[-1])
+            first = len(names) if thaw[-1] is None else names.index(thaw[-1])
+            assert [layer.trainable for layer in base.layers] == [n >= first for n in range(len(names))]
+            counts[choice] = sum(int(np.prod(weight.shape)) for weight in base.trainable_weights)
+        assert counts["head"] == 0 < counts["last"] < counts["everything"] == counts["progressive"]
+
+    def test_the_last_block_is_conv5_and_what_follows(self, space):
+        space["unfreeze"](space["base"], space["CONV5"])
+        thawed = [layer.name for layer in space["base"].layers if layer.trainable]
+        assert {name.split("_")[0] for name in thawed} == {"conv5", "bn", "relu"}
+
+    def test_progressive_thaws_more_and_more(self, space):
+        names = [layer.name for layer in space["base"].layers]
+        firsts = [names.index(name) for name in space["CHOICES"]["progressive"][1]]
+        assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) == len(firsts)
+
+    def test_an_unknown_layer_is_named(self, space):
+        with pytest.raises(ValueError, match="conv9"):
+            space["unfreeze"](space["base"], "conv9_block1")
+
+    @pytest.mark.parametrize("epochs, parts", [(3, 3), (6, 3), (1, 3), (4, 1)])
+    def test_dividing_a_training_keeps_the_number_of_pictures(self, epochs, parts):
+        divide = cells("3_DenseNet121", "imports", "divide-training")["divide_training"]
+        images, labels = random_images(30), np.arange(30)
+        shares = divide(images, labels, epochs, parts)
+        assert len(shares) == parts
+        assert sum(len(share) * count for share, _, count in shares) == epochs * len(images)
+        assert all(len(share) == len(of_share) for share, of_share, _ in shares)
+
+
+class TestDials:
+    """Notebook 4."""
+
+    def test_cutout_hides_a_square_of_the_given_side(self):
+        space = cells("4_EfficientNetB0", "imports", "cutout")
+        keras, images = space["keras"], random_images().astype("float32")
+        images[images == 120] = 121
+        layer = space["Cutout"]()
+        assert np.array_equal(as_array(keras, layer(images, training=True)), images)
+        layer.pixels.assign(8)
+        hidden = as_array(keras, layer(images, training=True)) == 120
+        assert (hidden.all(-1) == hidden.any(-1)).all()
+        rows, columns = hidden[..., 0].any(2).sum(1), hidden[..., 0].any(1).sum(1)
+        np.testing.assert_array_equal(hidden[..., 0].sum((1, 2)), rows * columns)
+        assert max(rows) == max(columns) == 8 and min(rows) >= 4
+        assert np.array_equal(as_array(keras, layer(images, training=False)), images)
+
+    @pytest.mark.parametrize("strength", [0.0, 0.1])
+    def test_the_smoothed_loss_is_that_of_keras(self, strength):
+        space = cells("4_EfficientNetB0", "imports", "smoothed-loss")
+        keras = space["keras"]
+        targets = np.eye(10, dtype="float32")[[1, 4, 7]]
+        logits = np.random.default_rng(0).normal(size=(3, 10)).astype("float32")
+        dial = type("Dial", (), {"value": keras.Variable(strength)})()
+        own = as_array(keras, space["smoothed_loss"](dial)(targets, logits))
+        expected = keras.losses.categorical_crossentropy(targets, logits, True, label_smoothing=strength)
+        np.testing.assert_allclose(own, as_array(keras, expected), rtol=1e-5)
+
+    def test_schedules_share_their_peak(self):
+        space = cells(
+            "4_EfficientNetB0",
+            "imports",
+            "warm-up-cosine",
+            "schedules",
+            "arm-steps",
+            BUDGET={"batch": 64, "arm_epochs": 2},
+            x_arm=range(64 * 60),
+        )
+        assert space["arm_steps"] == 120
+        rates = {name: make(0.5, 120) for name, make in space["SCHEDULES"].items()}
+        assert all(len(table) == 120 for table in rates.values())
+        assert {name: round(float(table.max()), 2) for name, table in rates.items()} == dict.fromkeys(
+            rates, 0.5
+        )
+        ends = {name: table[-1] / 0.5 for name, table in rates.items()}
+        assert ends["constant"] == 1 and max(ends["cosine"], ends["one cycle"], ends["step decay"]) < 0.011
+
+
+class TestBudget:
+    """Notebook 5."""
+
+    @pytest.fixture(scope="class")
+    def plans(self):
+        """Its plans, with prices of a step that stand in the ratio of the areas."""
+
+        def plans(preset):
+            space = cells("5_EfficientNetV2B0", "imports", "presets")
+            budget = space["PRESETS"][preset]
+            small, large = budget["sizes"]
+            values = {
+                "BUDGET": budget,
+                "SMALL": small,
+                "LARGE": large,
+                "PRICE": {s: s * s for s in (small, large)},
+            }
+            ids = [
+                "imports",
+                "warm-up-cosine",
+                "presets",
+                "budget-of",
+                "plan",
+                "part-of-budget",
+                "peak-rate",
+                "stage-plan",
+            ]
+            return cells("5_EfficientNetV2B0", *ids, **values)
+
+        return plans
+
+    @pytest.mark.parametrize("preset", ["cpu", "gpu"])
+    @pytest.mark.parametrize("which", ["arm_epochs", "tune_epochs"])
+    def test_recipes_cost_the_same(self, plans, preset, which):
+        space = plans(preset)
+        cost = [space["budget_of"](epochs, 45_000)[1] for epochs in space[which].values()]
+        assert max(cost) / min(cost) < 1.12
+
+    def test_the_rate_does_not_jump_where_the_size_changes(self, plans):
+        space = plans("cpu")
+        first, second = (
+            schedule for _, _, schedule in space["stage_plan"](space["arm_epochs"]["progressive"], 3_200)
+        )
+        assert float(first(first.steps)) == pytest.approx(float(second(0)), rel=1e-3)
+        assert float(second(second.steps)) == pytest.approx(0, abs=1e-6)
+        assert first.start == 0 and second.end == 1 and first.end == second.start
+
+
+class TestComparison:
+    """Notebook 5 shows the records of the others where they are, and stands alone where they are not."""
+
+    @pytest.fixture
+    def read_result(self):
+        """Its reader of records."""
+        return cells("5_EfficientNetV2B0", "imports", "read-result")["read_result"]
+
+    def test_published_records_are_read(self, read_result):
+        for path in notebook_paths():
+            record = ROOT / "results" / f"{path.stem}.json"
+            if record.exists():
+                final = json.loads(record.read_text(encoding="utf-8"))["final"]
+                assert read_result(record)["test_accuracy"] == final["test_accuracy"]
+
+    @pytest.mark.parametrize(
+        "content", [None, "", "{", "[]", "{}", '{"final": {}}', '{"final": {"seconds": "x"}}']
+    )
+    def test_a_record_that_is_not_usable_is_said_to_be_so(self, read_result, tmp_path, content):
+        path = tmp_path / "1_CNN_Model.json"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ValueError, match="no record" if content is None else "not usable"):
+            read_result(path)
+
+
+def test_every_notebook_names_the_next():
+    """Whoever finishes one is told what comes after it."""
+    paths = notebook_paths()
+    for path, following in zip(paths, paths[1:]):
+        text = "".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+        assert re.search(rf"`{following.stem}`", text)
+        assert code_cells(read(path))
