@@ -78,20 +78,25 @@ def small_cifar(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
-def real_cifar(pytestconfig):
-    """Folder for DATA_DIR with the real CIFAR-10, where it is at hand without a download."""
+def real_cifar_folder():
+    """Where the real CIFAR-10 is at hand without a download: a folder, or a script that unpacks it, or None."""
     if folder := os.environ.get("CIFAR10_DIR"):
         return Path(folder).resolve()
-    for base in (ROOT.parent, ROOT):
-        unpack = base / "shared" / "cifar10" / "unpack.py"
-        if unpack.exists():
-            folder = pytestconfig.cache.mkdir("cifar10")
-            subprocess.run([sys.executable, str(unpack), str(folder)], check=True)
-            return folder
-    pytest.skip(
-        "the real CIFAR-10 is not at hand: set CIFAR10_DIR to the folder that holds cifar-10-batches-py"
-    )
+    scripts = [base / "shared" / "cifar10" / "unpack.py" for base in (ROOT.parent, ROOT)]
+    return next((script for script in scripts if script.exists()), None)
+
+
+@pytest.fixture(scope="session")
+def real_cifar(pytestconfig):
+    """Folder for DATA_DIR with the real CIFAR-10; skips the test where it is not at hand."""
+    found = real_cifar_folder()
+    if found is None:
+        pytest.skip("no real CIFAR-10: set CIFAR10_DIR to the folder that holds cifar-10-batches-py")
+    if found.is_dir():
+        return found
+    folder = pytestconfig.cache.mkdir("cifar10")
+    subprocess.run([sys.executable, str(found), str(folder)], check=True)
+    return folder
 
 
 def find_weights_file(name):

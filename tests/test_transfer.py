@@ -9,7 +9,13 @@ from conftest import find_weights_file
 from notebooks import cell_by_id, code_cells, notebook_paths, read, tags
 
 PATHS = [path for path in notebook_paths() if cell_by_id(read(path), "backbone")]
-ONLY_SHOWN = {"model-summary", "show-backbone"}
+OWN = {
+    "parameters",
+    "presets",
+    "time-budget",
+    "backbone-choice",
+    "input-scaling",
+}  # the lesson's, but needed by all
 SIZE = 32
 
 
@@ -24,7 +30,7 @@ def lesson(request, small_cifar, tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("lesson"))
     try:
         for cell in code_cells(notebook):
-            if "figure" not in tags(cell) and cell.id not in ONLY_SHOWN:
+            if cell.id in OWN or ("shared" in tags(cell) and "figure" not in tags(cell)):
                 exec(compile(cell.source, f"<{cell.id}>", "exec"), namespace)
             if cell.id == "parameters":
                 exec(parameters, namespace)
@@ -39,6 +45,14 @@ def lesson(request, small_cifar, tmp_path_factory):
     finally:
         os.chdir(back)
     keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.fixture
+def shared_lesson(lesson):
+    """The same, for tests of shared cells alone: these are the same to the byte, so one notebook stands for all."""
+    if lesson["NOTEBOOK"] != PATHS[0].stem and not os.environ.get("ALL_RUNS"):
+        pytest.skip(f"tests cells shared with {PATHS[0].stem}; ALL_RUNS=1 runs it here, too")
+    return lesson
 
 
 def define(namespace, notebook, *ids):
@@ -109,35 +123,37 @@ def test_a_model_scales_exactly_once(lesson):
     assert distance(found, base.predict(scaled_again, verbose=0).mean((1, 2))) > 0.1
 
 
-def test_cached_features_are_the_models_own(lesson):
-    own = extractor(lesson)
-    first, seconds = lesson["cached_features"](own, images(lesson), "test")
-    assert distance(first, own.predict(images(lesson), verbose=0)) < 1e-4
-    again, same_seconds = lesson["cached_features"](None, images(lesson), "test")
+def test_cached_features_are_the_models_own(shared_lesson):
+    own = extractor(shared_lesson)
+    first, seconds = shared_lesson["cached_features"](own, images(shared_lesson), "test")
+    assert distance(first, own.predict(images(shared_lesson), verbose=0)) < 1e-4
+    again, same_seconds = shared_lesson["cached_features"](None, images(shared_lesson), "test")
     assert np.array_equal(first, again) and seconds == same_seconds
 
 
-def test_cached_features_belong_to_images_and_weights(lesson, monkeypatch):
+def test_cached_features_belong_to_images_and_weights(shared_lesson, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("computed anew")
 
-    own = extractor(lesson)
-    lesson["cached_features"](own, images(lesson), "belongs")
+    own = extractor(shared_lesson)
+    shared_lesson["cached_features"](own, images(shared_lesson), "belongs")
     own.predict = refuse
-    lesson["cached_features"](own, images(lesson), "belongs")
+    shared_lesson["cached_features"](own, images(shared_lesson), "belongs")
     with pytest.raises(AssertionError, match="computed anew"):
-        lesson["cached_features"](own, images(lesson)[::-1].copy(), "belongs")
-    monkeypatch.setitem(lesson, "START_SHA256", "another file")
+        shared_lesson["cached_features"](own, images(shared_lesson)[::-1].copy(), "belongs")
+    monkeypatch.setitem(shared_lesson, "START_SHA256", "another file")
     with pytest.raises(AssertionError, match="computed anew"):
-        lesson["cached_features"](own, images(lesson), "belongs")
+        shared_lesson["cached_features"](own, images(shared_lesson), "belongs")
 
 
-def test_the_probe_trains_the_last_layer_alone(lesson):
-    probe = lesson["compiled_probe"](8, 10)
+def test_the_probe_trains_the_last_layer_alone(shared_lesson):
+    probe = shared_lesson["compiled_probe"](8, 10)
     assert sorted(tuple(weight.shape) for weight in probe.trainable_weights) == [(8, 10), (10,)]
-    stage = lesson["train_probe"]("only-head", "probe", SIZE, images(lesson, 100), lesson["y_val"][:100])
-    untouched = extractor(lesson).predict(images(lesson), verbose=0)
-    assert distance(features(lesson, stage["model"], images(lesson)), untouched) < 1e-4
+    stage = shared_lesson["train_probe"](
+        "only-head", "probe", SIZE, images(shared_lesson, 100), shared_lesson["y_val"][:100]
+    )
+    untouched = extractor(shared_lesson).predict(images(shared_lesson), verbose=0)
+    assert distance(features(shared_lesson, stage["model"], images(shared_lesson)), untouched) < 1e-4
     assert stage["trainable"] == sum(
         np.prod(weight.shape) for weight in stage["model"].get_layer("logits").weights
     )
@@ -158,14 +174,14 @@ def train_a_little(lesson, model):
     return before, [np.array(s) for s in statistics]
 
 
-def test_a_fixed_batchnorm_keeps_its_statistics(lesson):
-    before, after = train_a_little(lesson, lesson["transfer_model"](SIZE, None, momentum=None))
+def test_a_fixed_batchnorm_keeps_its_statistics(shared_lesson):
+    before, after = train_a_little(shared_lesson, shared_lesson["transfer_model"](SIZE, None, momentum=None))
     assert len(before) > 20
     assert all(np.array_equal(a, b) for a, b in zip(before, after))
 
 
-def test_a_following_batchnorm_moves_all_its_statistics(lesson):
-    before, after = train_a_little(lesson, lesson["transfer_model"](SIZE, None, momentum=0.9))
+def test_a_following_batchnorm_moves_all_its_statistics(shared_lesson):
+    before, after = train_a_little(shared_lesson, shared_lesson["transfer_model"](SIZE, None, momentum=0.9))
     assert not any(np.array_equal(a, b) for a, b in zip(before, after))
 
 
@@ -181,27 +197,28 @@ def test_what_trains(lesson, momentum):
     assert all(layer.momentum == 0.9 for layer in norms) or momentum is None
 
 
-def test_a_probes_last_layer_is_the_start_of_fine_tuning(lesson):
-    probe = lesson["transfer_model"](SIZE, None)
+def test_a_probes_last_layer_is_the_start_of_fine_tuning(shared_lesson):
+    probe = shared_lesson["transfer_model"](SIZE, None)
     probe.get_layer("logits").set_weights(
         [np.full_like(w, 0.25) for w in probe.get_layer("logits").get_weights()]
     )
-    model = lesson["transfer_model"](SIZE, None, probe)
+    model = shared_lesson["transfer_model"](SIZE, None, probe)
     assert all((w == 0.25).all() for w in model.get_layer("logits").get_weights())
 
 
-def test_a_stage_resumes_where_it_stopped(lesson, monkeypatch, capsys):
+def test_a_stage_resumes_where_it_stopped(shared_lesson, monkeypatch, capsys):
     """A fine-tuning that was stopped after an epoch goes on with the next one; its curve holds both.
 
     That it ends bit for bit as if unbroken is shown in test_interruption.py, for the same shared cells.
     """
     data = dict(
-        train=(images(lesson, 32), lesson["y_val"][:32]), validation=(images(lesson), lesson["y_val"][:16])
+        train=(images(shared_lesson, 32), shared_lesson["y_val"][:32]),
+        validation=(images(shared_lesson), shared_lesson["y_val"][:16]),
     )
 
     def build():
-        keras = lesson["keras"]
-        model = lesson["transfer_model"](SIZE, None)
+        keras = shared_lesson["keras"]
+        model = shared_lesson["transfer_model"](SIZE, None)
         loss = keras.losses.CategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.AdamW(1e-4), loss, metrics=["accuracy"], jit_compile=False)
         return model
@@ -211,13 +228,13 @@ def test_a_stage_resumes_where_it_stopped(lesson, monkeypatch, capsys):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(lesson, "report_epoch", stop)
-        lesson["train_stage"]("stopped", "tune", build, 2, 16, **data)
-    history = lesson["RUN"] / "stopped" / "history.csv"
+        patch.setitem(shared_lesson, "report_epoch", stop)
+        shared_lesson["train_stage"]("stopped", "tune", build, 2, 16, **data)
+    history = shared_lesson["RUN"] / "stopped" / "history.csv"
     first = history.read_text().splitlines()
     assert len(first) == 2
     assert "resumes after epoch 1" not in capsys.readouterr().out
-    resumed = lesson["train_stage"]("stopped", "tune", build, 2, 16, **data)
+    resumed = shared_lesson["train_stage"]("stopped", "tune", build, 2, 16, **data)
     assert "resumes after epoch 1" in capsys.readouterr().out
     assert [row["epoch"] for row in resumed["history"]] == [0, 1]
     assert history.read_text().splitlines()[:2] == first
@@ -250,40 +267,40 @@ def damaged(content):
     yield "text", b"<html>404 Not Found</html>"
 
 
-def test_damaged_weights_are_named(lesson, saved, tmp_path):
+def test_damaged_weights_are_named(shared_lesson, saved, tmp_path):
     for name, content in damaged(saved[1].read_bytes()):
         path = tmp_path / f"{name}.weights.h5"
         path.write_bytes(content)
         with pytest.raises(ValueError) as caught:
-            lesson["backbone"](SIZE, path)
+            shared_lesson["backbone"](SIZE, path)
         one_error_that_names(path, caught)
 
 
-def test_weights_of_another_network_are_named(lesson, tmp_path):
-    keras, layers = lesson["keras"], lesson["layers"]
+def test_weights_of_another_network_are_named(shared_lesson, tmp_path):
+    keras, layers = shared_lesson["keras"], shared_lesson["layers"]
     path = tmp_path / "other.weights.h5"
     keras.Sequential(
         [keras.Input((32, 32, 3)), layers.Conv2D(4, 3), layers.BatchNormalization()]
     ).save_weights(path)
     with pytest.raises(ValueError) as caught:
-        lesson["backbone"](SIZE, path)
+        shared_lesson["backbone"](SIZE, path)
     one_error_that_names(path, caught)
 
 
-def test_missing_weights_are_named(lesson, tmp_path):
+def test_missing_weights_are_named(shared_lesson, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        lesson["find_weights"](str(tmp_path / "nowhere.weights.h5"))
+        shared_lesson["find_weights"](str(tmp_path / "nowhere.weights.h5"))
     one_error_that_names(tmp_path / "nowhere.weights.h5", caught)
 
 
-def test_a_failed_download_names_the_file_and_its_place(lesson, monkeypatch):
+def test_a_failed_download_names_the_file_and_its_place(shared_lesson, monkeypatch):
     def offline(*args, **kwargs):
         raise Exception("URL fetch failure")
 
-    monkeypatch.setattr(lesson["keras"].utils, "get_file", offline)
+    monkeypatch.setattr(shared_lesson["keras"].utils, "get_file", offline)
     with pytest.raises(OSError) as caught:
-        lesson["find_weights"]("imagenet")
-    assert lesson["WEIGHTS_URL"].rsplit("/", 1)[1] in str(caught.value)
+        shared_lesson["find_weights"]("imagenet")
+    assert shared_lesson["WEIGHTS_URL"].rsplit("/", 1)[1] in str(caught.value)
     assert os.path.join("~", ".keras", "models").replace(os.sep, "/") in str(caught.value)
 
 
