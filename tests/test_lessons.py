@@ -5,10 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cell_namespace
 from notebooks import cell_by_id, code_cells, notebook_paths, read
-
-START = ["imports"]
 
 
 def cells(name, *ids, **values):
@@ -16,12 +14,7 @@ def cells(name, *ids, **values):
     path = ROOT / f"{name}.ipynb"
     if not path.exists():
         pytest.skip(f"{path.name} is in preparation")
-    notebook, namespace = read(path), {"__name__": "cells"}
-    for number, cell_id in enumerate(ids):
-        exec(compile(cell_by_id(notebook, cell_id).source, f"<{cell_id}>", "exec"), namespace)
-        if number == 0:
-            namespace.update(values)
-    return namespace
+    return cell_namespace(path, *ids, **values)
 
 
 def random_images(count=64):

@@ -1,6 +1,5 @@
 """Each notebook runs from top to bottom with the smoke preset."""
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -37,10 +36,7 @@ def smoke(notebook_path, folder, data_dir, weights=None, **env):
 
 def weights_at_hand(notebook_path):
     """The file of pretrained weights for a notebook, None if it wants none or there is none here."""
-    if wants_weights(notebook_path):
-        with contextlib.suppress(pytest.skip.Exception):
-            return find_weights_file(notebook_path.stem)
-    return None
+    return find_weights_file(notebook_path.stem) if wants_weights(notebook_path) else None
 
 
 def test_on_made_data(notebook_path, small_cifar, tmp_path):
