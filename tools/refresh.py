@@ -1,4 +1,4 @@
-"""Write the numbers of results/*.json into README.md and into the title cell of each notebook.
+"""Write the numbers of results/*.json into README.md, its first figure, and the title cell of each notebook.
 
     python tools/refresh.py            write what is stale
     python tools/refresh.py --check    print the difference instead; exit status 1 if something is stale
@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import overview
 from notebooks import PENDING, ROOT, TITLES, cell_by_id, notebook_paths, read, write, write_text
 
 SAME_RUN = ("preset", "code_sha256", "data_official", "weights")
@@ -86,9 +87,7 @@ def result_row(name, root, notes):
     if record is None:
         return [link, "recorded run pending", *[""] * 6]
     final = record["final"]
-    accuracies = [
-        r["final"]["test_accuracy"] for r in [record, *seed_records(name, record, root)[0].values()]
-    ]
+    accuracies = [run["final"]["test_accuracy"] for run in recorded_runs(root)[name]]
     return [
         link,
         f"**{mean_percent(accuracies)}**{footnote(record, notes)}",
@@ -117,6 +116,28 @@ def results_block(root):
     rows = [result_row(name, root, notes) for name in TITLES]
     text = table([*header, "Weights to start from", "Software"], rows)
     return "\n\n".join([text, *(f"<sup>{i}</sup> {note}" for i, note in enumerate(notes, 1))])
+
+
+def recorded_runs(root):
+    """{notebook: its records, the published one first, then other seeds of it} of all notebooks that have one."""
+    published = {name: load_record(name, root) for name in TITLES}
+    return {
+        name: [record, *seed_records(name, record, root)[0].values()]
+        for name, record in published.items()
+        if record is not None
+    }
+
+
+def reproduce_block(root):
+    """The command for each line of the results table."""
+    lines = []
+    for name, records in recorded_runs(root).items():
+        for record in records:
+            line = f".venv/bin/python tools/record.py {name}.ipynb --preset {record['preset']}"
+            line += f" --seed {record['seed']}" if record["seed"] else ""
+            file = re.match(r"file (\S+)", record["weights"])
+            lines.append(line + (f" --weights {file[1]}" if file else ""))
+    return "\n".join(["```sh", *lines, "```"]) if lines else PENDING
 
 
 def claims_block(root):
@@ -200,6 +221,7 @@ def fresh_readme(root):
     text = (Path(root) / "README.md").read_text(encoding="utf-8")
     text = replace_block(text, "results", results_block(root))
     text = replace_block(text, "claims", claims_block(root))
+    text = replace_block(text, "reproduce", reproduce_block(root), optional=True)
     return replace_block(text, "stages", stages_block(root), optional=True)
 
 
@@ -226,6 +248,10 @@ def refresh(root=ROOT, check=False):
     if old != new:
         stale.append(readme.name)
         print_difference(readme.name, old, new) if check else write_text(readme, new)
+    shown = overview.points(recorded_runs(root))
+    if shown and overview.drawn(root) != shown:
+        stale.append(overview.FILE.as_posix())
+        print(f"{overview.FILE.as_posix()} shows other results") if check else overview.draw(shown, root)
     for path in notebook_paths(root):
         notebook, cell, source = fresh_title(path, root)
         if cell.source != source:
