@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import overview
 import pytest
 import record
 import refresh
@@ -160,3 +161,16 @@ def test_outputs_of_another_run_are_noticed(copy):
         cell.outputs = []
     write(notebook, root / f"{name}.ipynb")
     assert any("no output shows" in complaint for complaint in complaints(root))
+
+
+def test_a_figure_of_other_results_is_noticed(copy):
+    root, name = copy
+    path = root / "results" / f"{name}.json"
+    published = json.loads(path.read_text(encoding="utf-8"))
+    published["final"]["training_flops"] *= 2
+    path.write_text(json.dumps(published), encoding="utf-8")
+    assert "results/overview.png is stale" in complaints(root)
+    refresh.refresh(root)
+    assert not any(complaint.startswith("results/overview.png") for complaint in complaints(root))
+    drawn = {point["notebook"]: point["pflop"] for point in overview.drawn(root)}
+    assert drawn[name] == published["final"]["training_flops"] / 1e15

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from conftest import find_weights_file, real_cifar_folder, run_notebook
-from notebooks import cell_by_id, code_digest, errors, read
+from notebooks import cell_by_id, code_digest, errors, notebook_paths, read
 from test_results import check_record
 
 BUDGET = 60
@@ -56,8 +56,11 @@ def test_on_real_data(notebook_path, real_cifar, tmp_path):
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
+    """JAX on the first two notebooks; the rest, which takes long on a CPU, with ALL_RUNS."""
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
+    if not os.environ.get("ALL_RUNS") and (backend != "jax" or notebook_path not in notebook_paths()[:2]):
+        pytest.skip("ALL_RUNS=1 runs every notebook on every backend that is installed")
     assert (
         smoke(notebook_path, tmp_path, small_cifar, KERAS_BACKEND=backend)["versions"]["backend"] == backend
     )
