@@ -46,24 +46,27 @@ def draw(shown, root):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import seaborn as sns
+    from matplotlib import ticker
 
     sns.set_theme(style="whitegrid", palette="colorblind")
-    figure, axis = plt.subplots(figsize=(8, 4))
+    figure, axis = plt.subplots(figsize=(6, 4))
     for number, point in enumerate(shown):
         values = [100 * accuracy for accuracy in point["accuracies"]]
         mean = sum(values) / len(values)
         usual = point["usually_reported"]
         axis.plot([point["pflop"]] * 2, [usual, mean], color="lightgray", zorder=1)
-        label = "usually reported for the network" if number == 0 else None
-        axis.plot(point["pflop"], usual, "_", color="gray", markersize=16, markeredgewidth=2, label=label)
-        axis.plot([point["pflop"]] * len(values), values, "o", color=f"C{number}", zorder=3)
-        place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-        axis.annotate(f"{point['title']}, {mean:.1f} %", (point["pflop"], mean), **place)
+        axis.plot(point["pflop"], usual, "_", color=f"C{number}", markersize=16, markeredgewidth=2)
+        label = f"{point['title']}, {mean:.1f} %"
+        axis.plot([point["pflop"]] * len(values), values, "osD^v"[number], color=f"C{number}", label=label)
+    axis.plot([], [], "_", color="gray", markersize=16, markeredgewidth=2, label="usually reported")
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_xlabel("PFLOP of training, all stages of the final model")
     axis.set_ylabel("test accuracy (%)")
-    axis.margins(x=0.35, y=0.12)
-    axis.legend(loc="lower left")
+    axis.margins(x=0.2, y=0.1)
+    axis.legend(bbox_to_anchor=(1, 1), loc="upper left")
     path = Path(root) / FILE
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Description": json.dumps(shown)})
