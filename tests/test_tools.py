@@ -1,6 +1,7 @@
 """tools/: shared cells are carried, runs are recorded, tables are made from records."""
 
 import json
+import os
 
 import notebooks
 import pytest
@@ -95,6 +96,21 @@ def test_recording_publishes_record_outputs_figures_and_tables(recorded):
     for text in ("**89.00**", "1,234,567", "0.321", "12 min on a CPU", "90.00 % for a", "a \\| plain"):
         assert text in readme
     assert refresh.main(["--check"], recorded) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="peak memory is not known on Windows")
+def test_peak_memory_is_noted_unless_the_beginning_of_a_run_was_missed(portfolio):
+    record.main([NAME, "--preset", "gpu"], portfolio)
+    result = portfolio / "results" / f"{NAME}.json"
+    assert 10e6 < json.loads(result.read_text())["peak_memory_bytes"] < 1e11
+    (note,) = portfolio.glob("runs/*-peak-memory.json")
+    note.write_text("123456789012")
+    record.main([NAME, "--preset", "gpu"], portfolio)
+    assert json.loads(result.read_text())["peak_memory_bytes"] == 123456789012
+    assert " 123.5 |" in (portfolio / "README.md").read_text()
+    note.unlink()
+    record.main([NAME, "--preset", "gpu"], portfolio)
+    assert "peak_memory_bytes" not in json.loads(result.read_text())
 
 
 def test_a_further_seed_is_averaged_and_leaves_the_notebook_alone(recorded, portfolio):

@@ -91,6 +91,29 @@ def execute(path, executed, parameters, root):
         ) from None
 
 
+def peak_memory():
+    """Peak resident memory, in bytes, of the largest process that this one started; None where it cannot be told."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+
+
+def note_peak_memory(path, fresh):
+    """Return the peak memory, in bytes, of a run over all its parts so far, kept in the file `path`.
+
+    None for a run whose beginning was not measured; `fresh` says whether this part is the beginning.
+    """
+    peak = peak_memory()
+    if peak is None or not (fresh or path.exists()):
+        return None
+    before = 0 if fresh else json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, max(peak, before))
+    return max(peak, before)
+
+
 def with_outputs(committed, executed):
     """`committed` with the outputs of `executed`, numbered 1 to n; nothing else of papermill's additions."""
     ran = {cell.id: cell for cell in executed.cells}
@@ -156,10 +179,16 @@ def main(argv=None, root=ROOT):
     run = f"{args.preset}-seed{args.seed}"
     run_dir = root / args.run_dir
     executed = run_dir / f"{path.stem}-{run}.ipynb"
-    execute(path, executed, notebook_parameters(args), root)
+    fresh = not (run_dir / path.stem / run).exists()
+    try:
+        execute(path, executed, notebook_parameters(args), root)
+    finally:
+        peak = note_peak_memory(run_dir / f"{path.stem}-{run}-peak-memory.json", fresh)
 
     notebook = with_outputs(read(path), read(executed))
     record = json.loads((run_dir / path.stem / run / "record.json").read_text(encoding="utf-8"))
+    if peak:
+        record["peak_memory_bytes"] = peak
     check(notebook, record, [root, Path.home(), *([Path(args.data_dir).resolve()] if args.data_dir else [])])
     if args.seed == 0:
         publish(path, notebook, record, root)

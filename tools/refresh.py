@@ -82,10 +82,10 @@ def table(header, rows):
 def result_row(name, root, notes):
     """Row of the results table; a footnote on unofficial data is added to the list `notes`."""
     if not (Path(root) / f"{name}.ipynb").exists():
-        return [name, "in preparation", *[""] * 6]
+        return [name, "in preparation", *[""] * 7]
     link, record = f"[{name}]({name}.ipynb)", load_record(name, root)
     if record is None:
-        return [link, "recorded run pending", *[""] * 6]
+        return [link, "recorded run pending", *[""] * 7]
     final = record["final"]
     accuracies = [run["final"]["test_accuracy"] for run in recorded_runs(root)[name]]
     return [
@@ -95,6 +95,7 @@ def result_row(name, root, notes):
         f"{final['parameters']:,}",
         pflop(final["training_flops"]),
         f"{duration(final['seconds'])} on {record['device']}, {record['precision']}",
+        f"{record['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in record else "",
         record["weights"],
         backend(record),
     ]
@@ -112,6 +113,7 @@ def footnote(record, notes):
 def results_block(root):
     """Table of all notebooks with the final model of each, and the footnotes on their data."""
     header = ["Notebook", "Test accuracy, %", "Seeds", "Parameters", "Training, PFLOP", "Training time"]
+    header += ["Peak memory, GB"]
     notes = []
     rows = [result_row(name, root, notes) for name in TITLES]
     text = table([*header, "Weights to start from", "Software"], rows)
