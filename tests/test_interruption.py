@@ -650,3 +650,27 @@ def small_disk(folder, size):
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_float16_with_a_scaled_loss_resumes(cells, tmp_path):
+    """The number format of older GPUs: Keras wraps the optimizer, and the scale of the loss is in the backup."""
+    import keras
+
+    def build():
+        model = tiny_model(len(cells["x_train"]) // BATCH)
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert [layer.compute_dtype for layer in model.layers[-2:]] == ["float16", "float32"]
+        assert model.output.dtype == "float32"
+        return model
+
+    policy = keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        options = {"build": build, "PRECISION": "mixed_float16"}
+        unbroken_stage = Stage(cells, tmp_path / "whole").train(**options)
+        stage = Stage(cells, tmp_path / "runs")
+        for epoch in range(1, EPOCHS + 1):
+            interrupted(stage, epoch, **options)
+        stage.train(**options).assert_like(unbroken_stage)
+    finally:
+        keras.mixed_precision.set_global_policy(policy)

@@ -110,6 +110,20 @@ class TestThawing:
         firsts = [names.index(name) for name in space["CHOICES"]["progressive"][1]]
         assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) == len(firsts)
 
+    def test_a_batchnorm_with_statistics_is_kept_in_a_thawed_part(self, space):
+        base = space["base"]
+        used = [base.get_layer(name) for name in ("conv4_block1_0_bn", "conv5_block1_0_bn")]
+        for norm in used:
+            norm.moving_mean.assign(norm.moving_mean + 0.5)
+        kept = cells("3_DenseNet121", "imports", "kept-norms", base=base)["KEPT"]
+        assert kept == {norm.name for norm in used}
+        space["unfreeze"](base, space["CONV5"], kept)
+        assert not any(norm.trainable for norm in used)
+        assert (
+            base.get_layer("conv5_block1_1_bn").trainable and base.get_layer("conv5_block1_1_conv").trainable
+        )
+        assert not base.get_layer("conv4_block1_1_bn").trainable
+
     def test_an_unknown_layer_is_named(self, space):
         with pytest.raises(ValueError, match="conv9"):
             space["unfreeze"](space["base"], "conv9_block1")
