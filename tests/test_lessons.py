@@ -110,19 +110,31 @@ class TestThawing:
         firsts = [names.index(name) for name in space["CHOICES"]["progressive"][1]]
         assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) == len(firsts)
 
-    def test_a_batchnorm_with_statistics_is_kept_in_a_thawed_part(self, space):
+    def test_batchnorm_can_be_kept_in_a_thawed_part(self, space):
         base = space["base"]
-        used = [base.get_layer(name) for name in ("conv4_block1_0_bn", "conv5_block1_0_bn")]
-        for norm in used:
-            norm.moving_mean.assign(norm.moving_mean + 0.5)
-        kept = cells("3_DenseNet121", "imports", "kept-norms", base=base)["KEPT"]
-        assert kept == {norm.name for norm in used}
-        space["unfreeze"](base, space["CONV5"], kept)
-        assert not any(norm.trainable for norm in used)
-        assert (
-            base.get_layer("conv5_block1_1_bn").trainable and base.get_layer("conv5_block1_1_conv").trainable
-        )
-        assert not base.get_layer("conv4_block1_1_bn").trainable
+        space["unfreeze"](base, space["CONV5"], learn_norms=False)
+        assert not any(layer.trainable for layer in base.layers if "bn" in layer.name.split("_")[-1])
+        assert base.get_layer("conv5_block1_1_conv").trainable
+        assert not base.get_layer("conv4_block1_1_conv").trainable
+
+    def test_only_batchnorm_that_was_never_used_collects_statistics(self, space, tmp_path):
+        import keras
+
+        base, images = space["base"], random_images(40)
+        old = base.get_layer("conv1_bn")
+        old.moving_mean.assign(old.moving_mean + 0.5)
+        base.save_weights(tmp_path / "partial.weights.h5")
+        names = {"BUDGET": {"size": 32}, "RUN": tmp_path, "BACKBONE": space["BACKBONE"]}
+        ids = ["imports", "input-scaling", "backbone", "upscaling", "never-used", "set-batchnorm"]
+        made = cells("3_DenseNet121", *ids, "collect-statistics", **names)
+        file = made["collect_statistics"](tmp_path / "partial.weights.h5", images, batch=20)
+        after = made["backbone"](32, file)
+        assert not any(made["never_used"](norm) for norm in made["batch_norms"](after))
+        for before, now in zip(base.layers, after.layers, strict=True):
+            same = [np.array_equal(*pair) for pair in zip(before.get_weights(), now.get_weights())]
+            collects = isinstance(now, keras.layers.BatchNormalization) and now.name != old.name
+            assert same == ([True, True, False, False] if collects else [True] * len(same)), now.name
+        assert made["collect_statistics"](file, images) == file
 
     def test_an_unknown_layer_is_named(self, space):
         with pytest.raises(ValueError, match="conv9"):
