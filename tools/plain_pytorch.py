@@ -99,4 +99,4 @@ def train(network, images, labels, batch, steps):
             parameter.grad = None
         loss.backward()
         optimizer.step(1 - step / steps)
-    return float(loss)
+    return float(loss.detach())
