@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from notebooks import cell_by_id, notebook_paths, read  # noqa: E402
+from notebooks import cell_namespace as cell_namespace  # noqa: E402
+from notebooks import notebook_paths, read  # noqa: E402
 
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -160,21 +161,6 @@ def stop_group(process):
             process.kill()
         time.sleep(1)
     process.wait()
-
-
-def cell_namespace(notebook, *ids, **values):
-    """Namespace after executing the cells of those ids, in that order, over `values`.
-
-    `notebook` is a path or a notebook.
-    """
-    if isinstance(notebook, (str, Path)):
-        notebook = read(notebook)
-    namespace = {"__name__": "cells", **values}
-    for cell_id in ids:
-        cell = cell_by_id(notebook, cell_id)
-        assert cell is not None, f"there is no cell of id {cell_id}"
-        exec(compile(cell.source, f"<{cell_id}>", "exec"), namespace)
-    return namespace
 
 
 def pytest_generate_tests(metafunc):

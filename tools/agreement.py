@@ -25,9 +25,8 @@ from notebooks import ROOT, read
 STAGES = {"plain": {}, "both": {"augment": True, "regularise": True}}
 LOSSES = ("loss", "val_loss")
 SMALL = {"images": 4000, "epochs": 4, "batch": 100}
-FLOOR = (
-    0.02  # nats; smaller differences of a final loss are noise even where all seeds of the reference agree
-)
+# In nats; smaller differences of a final loss are noise even where all seeds of the reference agree.
+FLOOR = 0.02
 
 
 def virtual_devices(count):
@@ -149,6 +148,8 @@ def main():
     if options.task:
         print(json.dumps(train(options.task)))
         return
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2: the spread between seeds is the measure of noise")
     variants = {}
     for name in options.python:
         backend, _, python = name.rpartition("=")

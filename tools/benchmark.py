@@ -26,7 +26,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
-from notebooks import ROOT, cell_by_id, read
+from notebooks import ROOT, cell_namespace
 
 VARIANTS = {
     "in-model": ("small CNN, augmentation as layers inside the model", {}),
@@ -61,11 +61,7 @@ PROBE_SIZE, PROBE_IMAGES = 64, 1024
 
 def notebook_namespace(name, cells, **values):
     """Names that these cells of a notebook define, run over `values`."""
-    namespace = {"PRESET": "auto", "SEED": 0, "__name__": "benchmark", **values}
-    notebook = read(ROOT / f"{name}.ipynb")
-    for cell_id in cells.split():
-        exec(compile(cell_by_id(notebook, cell_id).source, f"<{cell_id}>", "exec"), namespace)
-    return namespace
+    return cell_namespace(ROOT / f"{name}.ipynb", *cells.split(), **{"PRESET": "auto", "SEED": 0, **values})
 
 
 def random_data(count):

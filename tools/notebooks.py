@@ -69,6 +69,21 @@ def cell_by_id(notebook, cell_id):
     return next((cell for cell in notebook.cells if cell.id == cell_id), None)
 
 
+def cell_namespace(notebook, *ids, **values):
+    """Namespace after executing the cells of those ids, in that order, over `values`.
+
+    `notebook` is a path or a notebook.
+    """
+    if isinstance(notebook, (str, Path)):
+        notebook = read(notebook)
+    namespace = {"__name__": "cells", **values}
+    for cell_id in ids:
+        cell = cell_by_id(notebook, cell_id)
+        assert cell is not None, f"there is no cell of id {cell_id}"
+        exec(compile(cell.source, f"<{cell_id}>", "exec"), namespace)
+    return namespace
+
+
 def is_injected(cell):
     """Whether papermill put this cell there to override parameters."""
     return "injected-parameters" in tags(cell) or cell.source.startswith("# Parameters")
