@@ -153,6 +153,8 @@ def test_the_probe_trains_the_last_layer_alone(shared_lesson):
 def train_a_little(lesson, model):
     """Two steps on 16 images; returns the moving statistics before and after."""
     keras = lesson["keras"]
+    # Another test may have asked TensorFlow for determinism, which then refuses to shuffle without a seed.
+    keras.utils.set_random_seed(0)
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1e-3), loss, jit_compile=False)
     statistics = [
