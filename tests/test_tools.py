@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import notebooks
 import pytest
@@ -119,6 +120,20 @@ def test_a_further_seed_is_averaged_and_leaves_the_notebook_alone(recorded, port
     assert record.main([NAME, "--preset", "gpu", "--seed", "2"], portfolio) == 0
     assert (portfolio / f"{NAME}.ipynb").read_bytes() == before
     assert "| **90.00 ± 1.41** | 2 |" in (portfolio / "README.md").read_text()
+
+
+def test_a_run_that_is_not_to_be_published_changes_nothing(recorded, portfolio, capsys):
+    copy_recorded(recorded, portfolio)
+    before = {path: path.read_bytes() for path in published_files(portfolio)}
+    assert record.main([NAME, "--preset", "gpu", "--seed", "2", "--no-publish"], portfolio) == 0
+    assert {path: path.read_bytes() for path in published_files(portfolio)} == before
+    accuracy = refresh.percent(refresh.load_record(NAME, portfolio)["final"]["test_accuracy"] + 0.02)
+    assert f"{NAME}: test accuracy {accuracy} %" in capsys.readouterr().out
+
+
+def published_files(root):
+    """Notebooks, README and everything in results/, at the folder `root`."""
+    return [*root.glob("*.ipynb"), root / "README.md", *filter(Path.is_file, root.glob("results/**/*"))]
 
 
 def test_a_seed_of_other_code_is_left_out(recorded, portfolio, capsys):

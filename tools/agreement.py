@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
-from interruptions import made_data, run_cells
+from interruptions import environment, made_data, run_cells
 from notebooks import ROOT, read
 
 STAGES = {"plain": {}, "both": {"augment": True, "regularise": True}}
 LOSSES = ("loss", "val_loss")
-SMALL = {"images": 4000, "epochs": 4, "batch": 100}
+SMALL = {"images": 4000, "epochs": 4, "batch": 100, "validation": 500}
 # In nats; smaller differences of a final loss are noise even where all seeds of the reference agree.
 FLOOR = 0.02
 
@@ -65,15 +65,8 @@ def train(task):
 def child(python, backend, devices, seed, data, small=SMALL):
     """Train in a process of its own, with that interpreter, backend and number of virtual devices."""
     task = json.dumps({"devices": devices, "seed": seed, "data": str(data), "small": small})
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "JAX_PLATFORMS": "cpu",
-    }
-    environment["CUDA_VISIBLE_DEVICES"] = "-1"
     command = [str(python), __file__, "--task", task]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(backend), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{backend} on {devices} device(s) failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

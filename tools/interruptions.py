@@ -41,7 +41,8 @@ KINDS = ("time", "batch", "file", "write", "stage")
 SMALLER = {
     "imports": "display = lambda *things, **options: None",
     "run-folder": "BUDGET = {key: SMALL.get(key.split('_')[-1], old) for key, old in BUDGET.items()}",
-    "split-data": "x_val, y_val, x_test, y_test = x_val[:100], y_val[:100], x_test[:100], y_test[:100]",
+    "split-data": """n = SMALL.get("validation", 100)
+x_val, y_val, x_test, y_test = x_val[:n], y_val[:n], x_test[:n], y_test[:n]""",
     "modern-cnn": "modern_cnn.__defaults__ = ((8, 16, 16),)",
 }
 SMALL = {"images": 200, "epochs": 3, "batch": 50}
@@ -193,6 +194,12 @@ class Halfway:
         return self.file.write(content)
 
 
+def environment(backend, **more):
+    """Environment variables of a process that trains on the CPU, with that backend."""
+    quiet = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return {**os.environ, "KERAS_BACKEND": backend, **quiet, **more}
+
+
 def writes(mode):
     """Return whether a file is opened to be changed."""
     return isinstance(mode, str) and bool(set(mode) & set("wax+"))
@@ -246,10 +253,16 @@ class Training:
         task = {"notebook": str(self.notebook), "small": self.small, "kind": kind, "number": number}
         task |= {"log": str(log), "results": str(self.folder / "results")}
         task["parameters"] = {"PRESET": "smoke", "DATA_DIR": str(self.data), "RUN_DIR": str(self.run_dir)}
+        env = environment(
+            self.backend,
+            TMPDIR=str(scratch),
+            JAX_COMPILATION_CACHE_DIR=str(self.folder.parent / "compiled"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
         began = time.time()
         with open(log.with_suffix(".txt"), "wb") as out:
             command = [sys.executable, __file__, "--task", json.dumps(task)]
-            process = subprocess.Popen(command, env=self.environment(scratch), stdout=out, stderr=out)
+            process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
             try:
                 if kind == "time":
                     wait_for_start(process, log)
@@ -269,19 +282,6 @@ class Training:
         self.kills += 1
         self.account(began, time.time(), events_in(log))
         return "killed"
-
-    def environment(self, scratch):
-        """Environment variables of a process: the CPU, and a temporary folder that goes with it."""
-        return {
-            **os.environ,
-            "KERAS_BACKEND": self.backend,
-            "TMPDIR": str(scratch),
-            "CUDA_VISIBLE_DEVICES": "-1",
-            "JAX_PLATFORMS": "cpu",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
 
     def account(self, began, ended, events):
         """Note the seconds that a kill costs: training since the last backup, and a new start-up."""

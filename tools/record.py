@@ -3,6 +3,7 @@
     python tools/record.py 1_CNN_Model.ipynb --preset gpu
     python tools/record.py 1_CNN_Model.ipynb --preset gpu --seed 1     a further seed: only results/<name>-seed1.json
     python tools/record.py 2_MobileNetV2.ipynb --preset cpu --weights FILE --weights-note "what the file is"
+    python tools/record.py 1_CNN_Model.ipynb --preset cpu --no-publish  only say accuracy and peak memory
 
 Nothing committed changes unless the whole notebook ran. After an interruption or an error the part that was executed
 stays in RUN_DIR, and the same command goes on where training stopped.
@@ -49,6 +50,7 @@ def arguments(argv):
     )
     parser.add_argument("--weights", help="the notebook's WEIGHTS, e.g. a file, where there is no internet")
     parser.add_argument("--weights-note", help="what that file is, if it is not Keras's own")
+    parser.add_argument("--no-publish", action="store_true", help="run it, say what came out, change nothing")
     return parser.parse_args(argv)
 
 
@@ -190,15 +192,18 @@ def main(argv=None, root=ROOT):
     if peak:
         record["peak_memory_bytes"] = peak
     check(notebook, record, [root, Path.home(), *([Path(args.data_dir).resolve()] if args.data_dir else [])])
+    found = f"{path.stem}: test accuracy {refresh.percent(record['final']['test_accuracy'])} %"
+    found += f", peak memory {peak / 1e9:.2f} GB" if peak else ""
+    if args.no_publish:
+        print(f"{found}; nothing is published.")
+        return 0
     if args.seed == 0:
         publish(path, notebook, record, root)
     else:
         write_json(root / "results" / f"{path.stem}-seed{args.seed}.json", record)
         refresh.refresh(root)
     refresh.report_left_out(root)
-    print(
-        f"{path.stem}: test accuracy {refresh.percent(record['final']['test_accuracy'])} %, published in results/."
-    )
+    print(f"{found}; published in results/.")
     return 0
 
 

@@ -87,7 +87,9 @@ def result_row(name, root, notes):
     if record is None:
         return [link, "recorded run pending", *[""] * 7]
     final = record["final"]
-    accuracies = [run["final"]["test_accuracy"] for run in recorded_runs(root)[name]]
+    runs = recorded_runs(root)[name]
+    accuracies = [run["final"]["test_accuracy"] for run in runs]
+    peaks = [run["peak_memory_bytes"] for run in runs if "peak_memory_bytes" in run]
     return [
         link,
         f"**{mean_percent(accuracies)}**{footnote(record, notes)}",
@@ -95,7 +97,7 @@ def result_row(name, root, notes):
         f"{final['parameters']:,}",
         pflop(final["training_flops"]),
         f"{duration(final['seconds'])} on {record['device']}, {record['precision']}",
-        f"{record['peak_memory_bytes'] / 1e9:.1f}" if "peak_memory_bytes" in record else "",
+        f"{max(peaks) / 1e9:.1f}" if peaks else "",
         record["weights"],
         backend(record),
     ]
