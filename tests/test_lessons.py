@@ -79,6 +79,25 @@ class TestAugmentation:
         assert not np.array_equal(looks[0], looks[2])
 
 
+class TestEffects:
+    """Notebook 1: what the small CNN gains by its two remedies."""
+
+    def effects(self, plain_gap):
+        """Names of the cell, where the gaps of (a) and (c) are `plain_gap` and 0.05."""
+        stage = {"test_accuracy": 0.5, "validation_accuracy": 0.5, "gap": 0.05}
+        stages = {name: dict(stage) for name in ("plain", "augmented", "regularised", "both")}
+        stages["plain"]["gap"] = plain_gap
+        return cells("1_CNN_Model", "points", "effects", stages=stages, ARMS=dict.fromkeys(stages))
+
+    def test_a_gap_is_compared_with_that_of_the_first_arm(self):
+        assert self.effects(0.2)["gap_change"]("regularised") == "-75%"
+        assert self.effects(0.04)["gap_change"]("regularised") == "+25%"
+
+    @pytest.mark.parametrize("gap", [0.0, -0.01])
+    def test_without_a_gap_there_is_nothing_to_close(self, gap):
+        assert "none" in self.effects(gap)["gap_change"]("regularised")
+
+
 class TestThawing:
     """Notebook 3."""
 
