@@ -10,6 +10,12 @@ from notebooks import cell_by_id, code_digest, errors, notebook_paths, read
 from test_results import check_record
 
 BUDGET = 60
+# TensorFlow has no environment variable for it: IPython runs this before the notebook's first cell.
+TWO_TENSORFLOW_DEVICES = """import tensorflow as tf
+
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+"""
 
 
 def wants_weights(notebook_path):
@@ -64,3 +70,18 @@ def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
     assert (
         smoke(notebook_path, tmp_path, small_cifar, KERAS_BACKEND=backend)["versions"]["backend"] == backend
     )
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_on_two_devices(notebook_path, backend, small_cifar, tmp_path):
+    """On two virtual devices of one CPU, in full; a comparison with one device is in test_agreement.py."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    if not os.environ.get("ALL_RUNS"):
+        pytest.skip("ALL_RUNS=1 runs every notebook on two devices")
+    start_up = tmp_path / "ipython" / "profile_default" / "startup" / "two_devices.py"
+    start_up.parent.mkdir(parents=True)
+    start_up.write_text(TWO_TENSORFLOW_DEVICES if backend == "tensorflow" else "")
+    env = {"KERAS_BACKEND": backend, "IPYTHONDIR": str(start_up.parents[2])}
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "CUDA_VISIBLE_DEVICES": "-1"}
+    assert smoke(notebook_path, tmp_path, small_cifar, **env)["device"].startswith("2 x ")
