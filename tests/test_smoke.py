@@ -46,9 +46,10 @@ def weights_at_hand(notebook_path):
 
 
 def test_on_made_data(notebook_path, small_cifar, tmp_path):
-    """With random weights; left out where the longer test below runs the same cells with pretrained ones."""
-    if weights_at_hand(notebook_path) and real_cifar_folder() and not os.environ.get("ALL_RUNS"):
-        pytest.skip("runs on the real data, with pretrained weights; ALL_RUNS=1 runs both")
+    """With random weights; left out where the longer test below runs the same cells on the real data."""
+    pretrained = weights_at_hand(notebook_path) or not wants_weights(notebook_path)
+    if pretrained and real_cifar_folder() and not os.environ.get("ALL_RUNS"):
+        pytest.skip("runs on the real data, with any pretrained weights; ALL_RUNS=1 runs both")
     record = smoke(notebook_path, tmp_path, small_cifar)
     assert (record["preset"], record["seed"], record["data_official"]) == ("smoke", 0, False)
 
