@@ -1,5 +1,6 @@
 """Data sets, and ways to run notebooks and single cells, for all tests."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -18,7 +19,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from notebooks import cell_namespace as cell_namespace  # noqa: E402
 from notebooks import notebook_paths, read  # noqa: E402
 
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -107,6 +107,12 @@ def find_weights_file(name):
         if folder and (found := sorted(Path(folder).glob(f"{backbone}_*notop.weights.h5"))):
             return found[0].resolve()
     return None
+
+
+def require_backend(name):
+    """Skip the test where the Keras backend of that name is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
 
 
 @dataclass

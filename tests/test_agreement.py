@@ -1,10 +1,10 @@
 """Whatever divides or runs the training, one device or several, it does the same steps on the same batches."""
 
-import importlib.util
 import sys
 
 import agreement
 import pytest
+from conftest import require_backend
 
 SMALL = {"images": 200, "epochs": 2, "batch": 50}
 STEPS = SMALL["epochs"] * SMALL["images"] // SMALL["batch"]
@@ -12,8 +12,7 @@ STEPS = SMALL["epochs"] * SMALL["images"] // SMALL["batch"]
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_two_devices_train_like_one(backend, small_cifar):
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    require_backend(backend)
     one, two = (agreement.child(sys.executable, backend, count, 0, small_cifar, SMALL) for count in (1, 2))
     assert (one["devices"], two["devices"]) == (1, 2)
     for stage in agreement.STAGES:

@@ -8,8 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import FILES, ROWS, cell_namespace, write_batch
-from notebooks import notebook_paths
+from conftest import FILES, ROWS, write_batch
+from notebooks import cell_namespace, notebook_paths
 
 CELLS = ["imports", "unpickler", "read-batch", "download", "batches-folder", "load-data"]
 

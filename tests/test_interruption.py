@@ -2,7 +2,6 @@
 
 import builtins
 import errno
-import importlib.util
 import io
 import itertools
 import json
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import require_backend
 from interruptions import Training, Trap, broken_files, differences, result, run_cells, unbroken
 from notebooks import notebook_paths, read
 
@@ -33,8 +33,7 @@ KILLS = [("write", 4), ("file", 21), ("batch", 6), ("stage", 1), ("time", 0.5)]
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_killed_training_ends_like_an_unbroken_one(backend, small_cifar, tmp_path):
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    require_backend(backend)
     small = {"images": 100, "epochs": 2, "batch": 25}
     whole, _ = unbroken(NOTEBOOK, tmp_path / "unbroken", small_cifar, backend, small=small)
     killed = Training(NOTEBOOK, tmp_path / "killed", small_cifar, backend, small=small).finish(KILLS)

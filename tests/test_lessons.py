@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, cell_namespace
-from notebooks import cell_by_id, code_cells, notebook_paths, read
+from conftest import ROOT
+from notebooks import cell_by_id, cell_namespace, code_cells, notebook_paths, read
 
 
 def cells(name, *ids, **values):

@@ -1,20 +1,21 @@
 """Each notebook runs from top to bottom with the smoke preset."""
 
-import importlib.util
 import json
 import os
 
 import pytest
-from conftest import find_weights_file, real_cifar_folder, run_notebook
+from conftest import ROOT, find_weights_file, real_cifar_folder, require_backend, run_notebook
 from notebooks import cell_by_id, code_digest, errors, notebook_paths, read
 from test_results import check_record
 
 BUDGET = 60
 # TensorFlow has no environment variable for it: IPython runs this before the notebook's first cell.
-TWO_TENSORFLOW_DEVICES = """import tensorflow as tf
+TWO_DEVICES = f"""import sys
 
-two = [tf.config.LogicalDeviceConfiguration()] * 2
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+sys.path.insert(0, {str(ROOT / "tools")!r})
+from agreement import virtual_devices
+
+virtual_devices(2)
 """
 
 
@@ -64,8 +65,7 @@ def test_on_real_data(notebook_path, real_cifar, tmp_path):
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
     """JAX on the first two notebooks; the rest, which takes long on a CPU, with ALL_RUNS."""
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    require_backend(backend)
     if not os.environ.get("ALL_RUNS") and (backend != "jax" or notebook_path not in notebook_paths()[:2]):
         pytest.skip("ALL_RUNS=1 runs every notebook on every backend that is installed")
     assert (
@@ -76,13 +76,12 @@ def test_on_another_backend(notebook_path, backend, small_cifar, tmp_path):
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_on_two_devices(notebook_path, backend, small_cifar, tmp_path):
     """On two virtual devices of one CPU, in full; a comparison with one device is in test_agreement.py."""
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
+    require_backend(backend)
     if not os.environ.get("ALL_RUNS"):
         pytest.skip("ALL_RUNS=1 runs every notebook on two devices")
     start_up = tmp_path / "ipython" / "profile_default" / "startup" / "two_devices.py"
     start_up.parent.mkdir(parents=True)
-    start_up.write_text(TWO_TENSORFLOW_DEVICES if backend == "tensorflow" else "")
+    start_up.write_text(TWO_DEVICES)
     env = {"KERAS_BACKEND": backend, "IPYTHONDIR": str(start_up.parents[2])}
-    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "CUDA_VISIBLE_DEVICES": "-1"}
+    env |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
     assert smoke(notebook_path, tmp_path, small_cifar, **env)["device"].startswith("2 x ")
