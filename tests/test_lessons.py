@@ -98,6 +98,55 @@ class TestEffects:
         assert "none" in self.effects(gap)["gap_change"]("regularised")
 
 
+class TestVerdict:
+    """Notebooks 2 and 3 call a difference one only if it is larger than chance."""
+
+    @pytest.mark.parametrize(
+        "one, other, answer",
+        [
+            (0.70, 0.50, "yes"),
+            (0.50, 0.70, "no"),
+            (0.700, 0.692, "too close to call"),
+            (0.5, 0.5, "too close"),
+        ],
+    )
+    def test_a_difference_must_exceed_two_standard_errors(self, one, other, answer):
+        arms = {
+            name: {"history": [{"val_accuracy": 0.99}, {"val_accuracy": value}]}
+            for name, value in [("one", one), ("other", other)]
+        }
+        said = cells("2_MobileNetV2", "verdict", arms=arms, y_val=np.zeros(5000))["verdict"]("one", "other")
+        assert said.startswith(answer)
+        assert f"{one:.1%} against {other:.1%}" in said
+
+    def test_fewer_images_make_a_wider_margin(self):
+        arms = {name: {"history": [{"val_accuracy": value}]} for name, value in [("a", 0.75), ("b", 0.70)]}
+        answers = [
+            cells("2_MobileNetV2", "verdict", arms=arms, y_val=np.zeros(count))["verdict"]("a", "b")
+            for count in (5000, 500)
+        ]
+        assert answers[0].startswith("yes") and answers[1].startswith("too close")
+        assert "less than 1.8 points" in answers[0] and "less than 5.6 points" in answers[1]
+
+
+class TestEffort:
+    """Notebook 2 says what the accuracy that others report costs here."""
+
+    @pytest.mark.parametrize(
+        "curve, said",
+        [([0.85, 0.92, 0.95], "0.045 PFLOP"), ([0.912, 0.9, 0.9], "0.025"), ([0.9], "not reached")],
+    )
+    def test_the_first_epoch_that_reaches_it_counts_with_the_probe(self, curve, said):
+        tune = {
+            "history": [{"val_accuracy": value} for value in curve],
+            "training_flops": 0.02e15 * len(curve),
+        }
+        stages = {"probe": {"training_flops": 0.005e15}, "tune": tune}
+        space = cells("2_MobileNetV2", "imports", "effort", stages=stages)
+        assert space["REACHED"].startswith(said)
+        assert len(space["spent"]) == len(curve)
+
+
 class TestThawing:
     """Notebook 3."""
 
