@@ -129,6 +129,22 @@ class TestVerdict:
         assert "less than 1.8 points" in answers[0] and "less than 5.6 points" in answers[1]
 
 
+class TestTreatment:
+    """Notebook 2 fine-tunes its final model with the BatchNorm that did best in the experiment."""
+
+    @pytest.mark.parametrize("best, momentum", [("follow", 0.9), ("fixed", None), ("slow", 0.999)])
+    def test_the_last_epoch_of_arms_that_began_with_the_probe_decides(self, best, momentum):
+        last = {"follow": 0.5, "fixed": 0.5, "slow": 0.5, "random": 0.9} | {best: 0.6}
+        first = {"follow": 0.7, "fixed": 0.7, "slow": 0.7, "random": 0.7} | {best: 0.4}
+        arms = {
+            name: {"title": name, "history": [{"val_accuracy": first[name]}, {"val_accuracy": last[name]}]}
+            for name in last
+        }
+        space = cells("2_MobileNetV2", "choose-batchnorm", arms=arms)
+        assert space["best_arm"] == best
+        assert space["momentum"] == momentum
+
+
 class TestEffort:
     """Notebook 2 says what the accuracy that others report costs here."""
 
