@@ -1,0 +1,325 @@
+"""A training that is interrupted at any moment ends as if it had not been."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import stage_under_test
+from conftest import require_backend
+from interruptions import Training, broken_files, contents, differences, environment, run_cells, unbroken
+from notebooks import read
+from stage_under_test import (
+    BATCH,
+    EPOCHS,
+    FIRST,
+    LAST,
+    NOTEBOOK,
+    TRAP,
+    Stage,
+    Stopped,
+    at_batch,
+    check_format,
+    hole_is_found,
+    interrupted,
+    no_training,
+    run_setup,
+    small_disk,
+    tiny_model,
+)
+
+KILLS = [("write", 30), ("file", 4), ("batch", 5), ("time", 3.0)]
+
+
+# Whole processes, killed.
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX")
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_killed_training_ends_like_an_unbroken_one(backend, small_cifar, tmp_path):
+    require_backend(backend)
+    options = {"small": {"images": 100, "epochs": 2, "batch": 50, "seeds": 2}, "last": "train-arms"}
+    whole, _ = unbroken(NOTEBOOK, tmp_path / "unbroken", small_cifar, backend, **options)
+    killed = Training(NOTEBOOK, tmp_path / "killed", small_cifar, backend, **options).finish(KILLS)
+    assert killed.kills >= len(KILLS) - 1
+    assert differences(killed, whole) == []
+    begun = killed.epochs_begun()
+    assert set(begun) == set(whole.epochs_begun())
+    assert sum(begun.values()) - len(begun) <= killed.kills
+
+
+# One process: the same cells, a tiny model, and exceptions in the place of kills.
+# Each check is also run on cells with a hole put back, where it must fail.
+
+
+def check_resumes(stage, whole):
+    """Ctrl-C in every epoch, running the cell again each time, changes nothing."""
+    for epoch in range(1, EPOCHS + 1):
+        interrupted(stage, epoch)
+        assert len(stage.backups) == min(epoch - 1, 2)
+    stage.train().assert_like(whole)
+
+
+def check_operations(stage, whole):
+    """An interruption before any one change to the files of the stage, in any epoch, changes nothing."""
+    assert check_interruptions(stage, whole, "file") >= 3 * EPOCHS
+
+
+def check_half_writes(stage, whole):
+    """A write that stops halfway leaves no broken file behind and changes nothing."""
+    assert check_interruptions(stage, whole, "write", step=5) >= 3 * EPOCHS
+
+
+def check_interruptions(stage, whole, kind, step=1):
+    """Interrupt each epoch at its first event of a kind, at its second, and so on; return how often it was stopped."""
+    number, before = 1, []
+    for stops in range(1000):
+        try:
+            with TRAP.set(kind, number, stage.run):
+                stage.train().assert_like(whole)
+            return stops
+        except Stopped:
+            assert broken_files(stage.run) == []
+            number, before = number + step if stage.backups == before else 1, stage.backups
+
+
+def check_leftovers(stage, whole):
+    """What killed writes left behind is gone when the stage is finished."""
+    interrupted(stage)
+    for number in range(3):
+        (stage.folder / f"part-{number}.keras").write_bytes(b"half a file")
+    stage.train().assert_like(whole)
+    assert stage.files() == ["epoch-0003.keras"]
+
+
+def check_finished_is_loaded(stage, whole):
+    """A finished stage is loaded, and says what it said."""
+    before = stage.train().outcome()
+    with no_training():
+        stage.train()
+    assert stage.outcome() == before == whole.outcome()
+    assert stage.said.count("\n") == 1 + EPOCHS and stage.said.startswith("A stage\nepoch 1: loss ")
+
+
+def check_nothing_is_written(stage, whole):
+    """A finished stage is loaded without any change of a file, so that it may lie in a read-only folder."""
+    stage.train()
+    with TRAP.set("file", 1, stage.run), no_training():
+        stage.train()
+    assert TRAP.seen["file"] == 0
+    stage.assert_like(whole)
+
+
+def check_finished_is_small(stage, whole):
+    """A finished stage keeps the network without the optimizer, whenever it was interrupted."""
+    interrupted(stage)
+    assert any("optimizer" in name for name in contents(stage.backups[-1]))
+    stage.train()
+    assert not any("optimizer" in name for name in contents(stage.result["file"]))
+
+
+def check_stages_do_not_mix(stage, whole):
+    """A second stage of the same model does not take over what the first left behind, finished or not."""
+    other = interrupted(Stage(stage.cells, stage.run, "other"), options={"seed": 1})
+    stage.train().assert_like(whole)
+    fresh = Stage(stage.cells, stage.run.with_name("alone"), "other").train(options={"seed": 1})
+    assert other.train(options={"seed": 1}).outcome() == fresh.outcome() != stage.outcome()
+
+
+def check_seeds_share_a_program(stage, whole):
+    """The seeds of an arm that share a compiled program end like ones that do not, interrupted or not."""
+    build = partial(tiny_model, stage.cells)
+
+    def train(name, title, **options):
+        assert (options["program"] is None) == (options["seed"] == 0)
+        own = Stage(stage.cells, stage.run, name)
+        changes = {"build": own_build, "options": {key: options[key] for key in ("seed", "program")}}
+        if options["seed"] == 2:
+            interrupted(own, 2, **changes)
+        return own.train(**changes).result
+
+    own_build = build
+    arms = stage.cells["run_arms"]("arms", {"arm": {}}, 3, train=train)["arm"]
+    for seed, shared in enumerate(arms):
+        alone = Stage(stage.cells, stage.run.with_name("alone"), f"seed-{seed}")
+        alone.train(build=build, options={"seed": seed})
+        assert contents(shared["file"]) == contents(alone.result["file"])
+
+
+def check_two_runs(stage, whole):
+    """Of two runs in one folder the later one notices; nothing is lost, and a rerun ends like an unbroken one."""
+    other = Stage(stage.cells, stage.run)
+    for first in (partial(interrupted, other), other.train):  # in its last epoch, and finished
+        with (
+            at_batch(1, 0, first),
+            pytest.raises(RuntimeError, match=r"Another run is at work in .*stage\. Stop"),
+        ):
+            stage.train()
+        assert broken_files(stage.run) == [] and stage.backups[-1].name >= "epoch-0002.keras"
+        stage.train().assert_like(whole)
+        shutil.rmtree(stage.run)
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+CHECKS = [check for check in CHECKS if check not in (check_interruptions, check_format)]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_in_one_process(check, stage, whole):
+    check(stage, whole)
+
+
+IN_PLACE = [('part = path.with_name(f"part-{os.getpid()}.keras")', "part = path")]
+SAME_ORDER = [
+    ("np.random.default_rng([seed, epoch]).permutation(len(inputs))", "np.random.permutation(len(inputs))")
+]
+TWO_STEPS = """
+def write_backup(model, path, state):
+    model.save(path.with_name("part.keras"))
+    os.replace(path.with_name("part.keras"), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("state.json", json.dumps(state))
+"""
+HOLES = {
+    "files are written in place": (IN_PLACE, "", check_half_writes),
+    "an unfinished file has its final name": (IN_PLACE, "", check_operations),
+    "weights and epoch are written in two steps": ([], TWO_STEPS, check_operations),
+    "noise does not know the epoch": (
+        [("variable.assign([seeds.integers(2**31), epoch])", "pass")],
+        "",
+        check_resumes,
+    ),
+    "order does not follow from seed and epoch": (SAME_ORDER, "", check_resumes),
+    "order starts anew": ([("batches_from(done, x", "batches_from(0, x")], "", check_resumes),
+    "the curve starts empty": (
+        [("done, steps = program or fresh, len(state", "done, steps = program or fresh, 0 * len(state")],
+        "",
+        check_resumes,
+    ),
+    "the optimizer is not restored": (
+        [
+            (
+                "write_backup(keras.Model(model.inputs, model.outputs) if last else model,",
+                "write_backup(keras.Model(model.inputs, model.outputs),",
+            )
+        ],
+        "",
+        check_resumes,
+    ),
+    "the optimizer is kept for good": (
+        [(" if last else model, path", " if False else model, path")],
+        "",
+        check_finished_is_small,
+    ),
+    "the backup before is not kept": ([("for path in old[:-1]:", "for path in old:")], "", check_resumes),
+    "all backups are kept": ([("for path in old[:-1]:", "for path in []:")], "", check_resumes),
+    "nothing is backed up": ([], "def write_backup(*args): pass", check_resumes),
+    "initial values do not follow from the seed": ([("random.seed(chance)", "pass")], "", check_resumes),
+    "leftovers stay": ([("other.unlink(missing_ok=True)", "pass")], "", check_leftovers),
+    "a finished stage is not recognised": ([("if done < epochs:", "if True:")], "", check_finished_is_loaded),
+    "a finished stage says something else": (
+        [("    show_curve(title,", '    print("loaded" if done else "trained")\n    show_curve(title,')],
+        "",
+        check_finished_is_loaded,
+    ),
+    "a finished stage is written again": (
+        [
+            (
+                "    for other in set",
+                "    write_backup(keras.Model(model.inputs, model.outputs), path, state)\n    for other in set",
+            )
+        ],
+        "",
+        check_nothing_is_written,
+    ),
+    "two stages share a folder": (
+        [("folder, chance = RUN / name", 'folder, chance = RUN / "stage"')],
+        "",
+        check_stages_do_not_mix,
+    ),
+    "a shared program keeps its weights": (
+        [("            old.assign(new)", "            pass")],
+        "",
+        check_seeds_share_a_program,
+    ),
+    "another run is not noticed": ([("if old and old[-1] >= path:", "if False:")], "", check_two_runs),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_hole_put_back_is_found(hole, cells, whole, tmp_path):
+    hole_is_found(HOLES[hole], cells, whole, tmp_path / "runs")
+
+
+# Number formats.
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["not built", "built before"])
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_number_format_resumes(policy, built, cells, tmp_path):
+    """Also float16, where Keras wraps the optimizer and the scale of the loss is part of the backup."""
+    check_format(cells, tmp_path, policy, built)
+
+
+def test_number_formats_resume_on_jax(small_cifar, tmp_path):
+    require_backend("jax")
+    command = [sys.executable, stage_under_test.__file__, str(small_cifar), str(tmp_path)]
+    paths = os.pathsep.join([str(NOTEBOOK.parent / "tools"), str(NOTEBOOK.parent / "tests")])
+    env = environment("jax", PYTHONPATH=paths)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("like an unbroken one: jax") == 4
+
+
+def test_an_optimizer_that_is_built_twice_is_found(cells, tmp_path):
+    """The hole of float16: Keras doubles the variables of the loss scale, and later restores none of them."""
+    names = dict(cells)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        edits = [("    if not fresh.optimizer.built:", "    if True:")]
+        run_cells(read(NOTEBOOK), {}, FIRST, LAST, small=None, edits=edits, namespace=names)
+        with pytest.raises(AssertionError):
+            check_format(names, tmp_path / "silent", "mixed_float16", True)
+
+
+def test_a_warning_of_keras_while_restoring_is_an_error(stage, cells, tmp_path, monkeypatch):
+    """A backup whose optimizer does not fit stops the training, instead of being left out with a warning."""
+    interrupted(stage)
+    monkeypatch.setitem(cells, "differences", lambda then, now: [])
+    with warnings.catch_warnings():
+        run_setup(PRESET="smoke", RUN_DIR=str(tmp_path))
+        with no_training(), pytest.raises(UserWarning, match="Skipping variable loading"):
+            stage.train(build=partial(tiny_model, cells, optimizer=keras_sgd))
+
+
+def keras_sgd(rate):
+    """An optimizer with other variables than the tiny model's own."""
+    import keras
+
+    return keras.optimizers.SGD(rate)
+
+
+def test_read_only_folder(cells, whole, tmp_path):
+    """A finished stage is loaded from a file system that cannot be written to."""
+    with small_disk(tmp_path / "disk", 2**24) as disk:
+        parameters = {"PRESET": "smoke", "RUN_DIR": str(disk)}
+        stage = Stage(cells, run_setup(**parameters)["RUN"]).train()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(OSError):
+            (disk / "file").write_text("")
+        assert run_setup(**parameters)["RUN"] == stage.run
+        with no_training():
+            stage.train().assert_like(whole)
+
+
+def test_order_follows_from_seed_and_epoch(cells):
+    batches = cells["batches_from"]
+    x, y = np.arange(8), np.arange(8)
+    from_first = [next(generator)[0].tolist() for generator in [batches(0, x, y, 4, 7)] for _ in range(6)]
+    from_third = [next(generator)[0].tolist() for generator in [batches(2, x, y, 4, 7)] for _ in range(2)]
+    assert from_first[4:] == from_third and from_first[:2] != from_first[2:4]
+    assert sorted(from_first[0] + from_first[1]) == x.tolist() and BATCH * 2 == len(cells["x_train"])
