@@ -29,7 +29,7 @@ SECTIONS = [
 PARAMETERS = ["PRESET", "SEED", "DATA_DIR", "RUN_DIR", "RETRAIN"]
 BACKENDS = {"tensorflow", "jax", "torch"}
 PROVIDED_BY = {"sklearn": "scikit-learn", "IPython": "jupyterlab", "PIL": "pillow", "google": "Google Colab"}
-OPTIONAL = ["requirements-export.txt"]
+OPTIONAL = ["tools/requirements-export.txt"]
 # The most lines of code in all, by the notebook's number, and in open cells.
 LINES = {"1": 800, "2": 900, "3": 900, "4": 900, "5": 950}
 OPEN_LINES = {"1": 560, "2": 660, "3": 660, "4": 660, "5": 660}
