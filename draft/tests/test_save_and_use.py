@@ -1,6 +1,5 @@
 """Section 9: the saved model leaves the notebook, for any backend, as a small file, and sees anybody's pictures."""
 
-import importlib.util
 import io
 import json
 import os
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CLASSES, ROOT, require_backend
-from notebooks import cell_by_id, cell_namespace, notebook_paths, read
+from notebooks import cell_by_id, cell_namespace, read
 from PIL import Image
 
 NOTEBOOK = Path(os.environ.get("SECTION_9_NOTEBOOK", ROOT / "1_CNN_Model.ipynb"))
-BACKENDS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
 FLOATS = ("LiteRT float32", "ONNX float32")
 SCALES = {
     "0 to 255": lambda x: x.astype("float32"),
@@ -88,8 +86,8 @@ def namespace_for(folder, network, **values):
         NOTEBOOK, "imports", "say", "table", "predict", "right", "deployable", **values
     )
     keras = namespace["keras"]
-    namespace |= {"backend": keras.backend.backend(), "view": namespace["predict"], "shown": []}
-    namespace["say"] = namespace["shown"].append
+    namespace |= {"backend": keras.backend.backend(), "view": namespace["predict"], "said": []}
+    namespace["say"] = namespace["said"].append
     namespace["final"] = namespace["deployable"](network, small_network)
     execute(namespace, "read-picture", "interpreters", "measured", "convert-all")
     return namespace
@@ -183,7 +181,7 @@ def wrong_shapes(x):
 def test_wrong_shapes_are_refused(small, number):
     name, wrong = list(wrong_shapes(small["x_test"][:40]))[number]
     load = small["keras"].saving.load_model
-    with pytest.raises(Exception, match=r"32, 32, 3\)"):
+    with pytest.raises(Exception, match=r"32, ?32, ?3[)\]]"):
         load(small["RUN"] / "small.keras").predict(wrong, verbose=0)
     used = load(small["RUN"] / "small.keras")
     used.predict(small["x_test"][:40], verbose=0)
@@ -191,9 +189,9 @@ def test_wrong_shapes_are_refused(small, number):
         used.predict(wrong, verbose=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_keras_file_in_a_fresh_process(small, backend, tmp_path):
-    require_backend(BACKENDS[backend])
+    require_backend(backend)
     np.save(tmp_path / "x.npy", small["x_test"][:100])
     command = [
         sys.executable,
@@ -252,7 +250,7 @@ def test_float16_training_becomes_float32_and_converts(small, tmp_path):
 def test_the_smallest_good_file_is_recommended(small):
     good = [row for row in small["formats"] if row["bytes"] and small["exact"] - row["accuracy"] <= 0.5]
     assert small["recommended"] == min(good, key=lambda row: row["bytes"])["file"]
-    assert any(small["recommended"] in text for text in small["shown"])
+    assert any(small["recommended"] in text for text in small["said"])
 
 
 def test_a_second_run_takes_over_what_was_measured(small):
@@ -330,13 +328,13 @@ def test_own_pictures_of_every_kind(small, tmp_path):
 @pytest.mark.parametrize("name", ["photo.jpg", "transparent.png", "icon.png", ""])
 def test_own_picture_cell(small, tmp_path, name):
     picture_files(tmp_path)
-    namespace = dict(small) | {"shown": []}
-    namespace["say"] = namespace["shown"].append
+    namespace = dict(small) | {"said": []}
+    namespace["say"] = namespace["said"].append
     source = cell_by_id(read(NOTEBOOK), "own-pictures").source
     place = str(tmp_path / name) if name else ""
     exec(source.replace('PICTURE = ""', f"PICTURE = {place!r}"), namespace)
-    assert len(namespace["shown"]) == (1 if name else 3)
-    assert all(text.startswith("The model says **") for text in namespace["shown"])
+    assert len(namespace["said"]) == (1 if name else 3)
+    assert all(text.startswith("The model says **") for text in namespace["said"])
     assert namespace["pixels"].size == (32, 32)
     assert namespace["plt"].get_fignums()
 
@@ -395,19 +393,3 @@ def test_readme_snippet(small, tmp_path):
         command = [sys.executable, "-c", here]
         done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.split() == [CLASSES[scores.argmax()]]
-
-
-def test_section_9_is_the_same_in_all_notebooks():
-    ids = (
-        "deployable",
-        "read-picture",
-        "own-pictures",
-        "interpreters",
-        "measured",
-        "measure-all",
-        "recommend",
-    )
-    assert importlib.util.find_spec("keras")
-    for cell_id in ids:
-        cells = [cell_by_id(read(path), cell_id) for path in notebook_paths()]
-        assert len({cell.source for cell in cells if cell is not None}) <= 1
