@@ -37,7 +37,6 @@ STAGE = {
     "title": "(e) modern CNN",
     "seed": 0,
     "parameters": 1_973_921,
-    "flops": 6e8,
     "training_flops": 3.21e14,
     "seconds": 700.0,
     "history": [{"epoch": 1, "loss": 0.5, "accuracy": 0.8, "val_loss": 0.6, "val_accuracy": 0.7}],
@@ -85,9 +84,16 @@ RESULT = {
         "seconds": 700.0,
     },
     "formats": [
-        {"format": "Keras", "bytes": 1, "accuracy": 0.9, "images": 10_000, "milliseconds": 1.0, "note": ""}
+        {
+            "format": "Keras float32",
+            "file": "files/small.keras",
+            "MB": 7.9,
+            "validation": 91.0,
+            "test": 90.0,
+            "milliseconds": 1,
+        }
     ],
-    "recommended": "small.tflite",
+    "recommended": "files/small.tflite",
 }
 LEAVE = f"""import json
 from pathlib import Path
@@ -96,8 +102,8 @@ result = json.loads({json.dumps(json.dumps(RESULT))})
 result |= {{"preset": PRESET, "seed": SEED}}
 result["final"]["test_accuracy"] += SEED
 folder = Path(RUN_DIR, "{NAME}", f"{{PRESET}}-seed{{SEED}}")
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "small.tflite").write_bytes(bytes(1_500_000))
+(folder / "files").mkdir(parents=True, exist_ok=True)
+(folder / "files" / "small.tflite").write_bytes(bytes(1_500_000))
 (folder / "result.json").write_text(json.dumps(result))"""
 
 
@@ -141,11 +147,11 @@ def pretend_run(path, output, parameters, folder=".", screen=None):
         cell.execution_count = number
     write(notebook, output)
     made = folder / parameters["RUN_DIR"] / NAME / f"{parameters['PRESET']}-seed{seed}"
-    made.mkdir(parents=True, exist_ok=True)
+    (made / "files").mkdir(parents=True, exist_ok=True)
     result = RESULT | {"preset": parameters["PRESET"], "seed": seed}
     result["final"] = RESULT["final"] | {"test_accuracy": 90.0 + seed}
     (made / "result.json").write_text(json.dumps(result))
-    (made / "small.tflite").write_bytes(bytes(1_500_000))
+    (made / "files" / "small.tflite").write_bytes(bytes(1_500_000))
     return 0
 
 

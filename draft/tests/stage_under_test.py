@@ -133,7 +133,7 @@ class Stage:
 
     def outcome(self):
         """All that must not depend on interruptions."""
-        told = {key: self.result[key] for key in ("title", "seed", "history", "flops", "parameters")}
+        told = {key: self.result[key] for key in ("title", "seed", "history", "training_flops", "parameters")}
         kept = contents(self.result["file"])
         return kept | {"result": json.dumps(told), "files": self.files(), "said": self.said}
 

@@ -37,7 +37,7 @@ def smoke(notebook_path, folder, data_dir, weights=None, devices=1, **env):
     result = json.loads((made / "result.json").read_text(encoding="utf-8"))
     check_result(result)
     assert (result["notebook"], result["preset"], result["seed"]) == (notebook_path.stem, "smoke", 0)
-    assert (made / f"{notebook_path.stem}.keras").stat().st_size > 0
+    assert [file for file in made.glob(f"**/files/{notebook_path.stem}.keras") if file.stat().st_size > 0]
     backups = [path.parent for path in made.glob("**/epoch-*.keras")]
     assert backups and len(set(backups)) == len(backups), "a finished stage keeps one file"
     printed = "".join(text for cell in code_cells(run.notebook) for text in output_texts(cell))

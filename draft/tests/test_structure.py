@@ -107,9 +107,9 @@ def first_training(cells):
         definitions, rest = [], []
         for node in ast.parse(cell.source).body:
             (definitions if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else rest).append(node)
+        training |= {node.name for node in definitions if calls([node]) & training}
         if calls(rest) & training:
             return number
-        training |= {node.name for node in definitions if calls([node]) & training}
     return len(cells)
 
 

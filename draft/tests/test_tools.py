@@ -246,7 +246,7 @@ def spoil(what):
         ("size", "1,000,000 is the most"),
         ("seed", "another notebook, preset or seed"),
         ("lacks", "result.json lacks margin"),
-        ("model", "absent.onnx does not lie beside"),
+        ("model", "absent.onnx is not in"),
     ],
 )
 def test_what_must_not_be_published_is_refused(portfolio, monkeypatch, what, message):

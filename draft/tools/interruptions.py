@@ -37,8 +37,7 @@ KINDS = {"time": 0.25, "batch": 0.25, "file": 0.25, "write": 0.2, "stage": 0.05}
 SMALL = {"images": 200, "epochs": 3, "batch": 50, "validation": 100, "seeds": 2}
 SMALLER = [
     ("(64, 64, 256, 256, 256, 256)", "(8, 8, 16, 16, 16, 16)"),
-    ("for title, build in builds.items()}", 'for title, build in builds.items() if title == "(d) both"}'),
-    ("a, b, c, d = arms.values()", ""),
+    ("for arm in builds}", 'for arm in ["(d) both"]}'),
 ]
 
 

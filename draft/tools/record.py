@@ -168,10 +168,8 @@ def check_result(result, args, name, folder):
         raise SystemExit(f"result.json lacks {', '.join(sorted(missing))}.")
     if (result["notebook"], result["preset"], result["seed"]) != (name, args.preset, args.seed):
         raise SystemExit("result.json is of another notebook, preset or seed.")
-    if result["recommended"] and not (folder / Path(result["recommended"]).name).is_file():
-        raise SystemExit(
-            f"The recommended model file {result['recommended']} does not lie beside result.json."
-        )
+    if result["recommended"] and not (folder / result["recommended"]).is_file():
+        raise SystemExit(f"The recommended model file {result['recommended']} is not in {folder}.")
 
 
 def check(notebook, record, folders):
@@ -244,7 +242,7 @@ def main(argv=None, root=ROOT):
         return 0
     if args.seed == 0:
         small = result["recommended"] if args.preset == "full" else None
-        publish(path, notebook, record, small and folder / Path(small).name, root)
+        publish(path, notebook, record, small and folder / small, root)
     else:
         write_json(root / "results" / f"{path.stem}-seed{args.seed}.json", record)
         refresh.refresh(root)
