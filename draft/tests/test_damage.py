@@ -346,7 +346,9 @@ def refused(name):
 
 def forgotten(name):
     """Code that leaves a setting out."""
-    code = f"{{key: value for key, value in whole_settings(*arguments).items() if key != {name!r}}}"
+    code = (
+        f"{{key: value for key, value in whole_settings(*arguments).items() if not key.startswith({name!r})}}"
+    )
     return f"whole_settings = stage_settings\n\ndef stage_settings(*arguments):\n    return {code}"
 
 

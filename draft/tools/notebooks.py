@@ -111,12 +111,16 @@ def parameter_names(notebook):
 
 
 def lasting_outputs(cell):
-    """Outputs of a code cell as they are published: without warnings (stderr) and emptied live lines."""
-    return [
-        output
-        for output in cell.outputs
-        if output.get("name") != "stderr" and not is_blank(output.get("data", {"": "not a display"}))
-    ]
+    """Outputs of a code cell as they are published: without warnings (stderr) and emptied live lines, prints joined."""
+    kept = []
+    for output in cell.outputs:
+        if output.get("name") == "stderr" or is_blank(output.get("data", {"": "not a display"})):
+            continue
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1] = nbformat.from_dict(kept[-1] | {"text": kept[-1].text + output.text})
+        else:
+            kept.append(output)
+    return kept
 
 
 def is_blank(data):
