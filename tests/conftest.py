@@ -24,6 +24,7 @@ from notebooks import notebook_paths, read  # noqa: E402
 FILES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 ROWS = 10_000
+pytest_plugins = ["stage_under_test"]
 
 
 class OfficialPickler(pickle._Pickler):
@@ -88,16 +89,18 @@ def real_cifar_folder():
 
 
 @pytest.fixture(scope="session")
-def real_cifar(pytestconfig):
+def real_cifar(tmp_path_factory):
     """Folder for DATA_DIR with the real CIFAR-10; skips the test where it is not at hand."""
     found = real_cifar_folder()
     if found is None:
         pytest.skip("no real CIFAR-10: set CIFAR10_DIR to the folder that holds cifar-10-batches-py")
     if found.is_dir():
-        return found
-    folder = pytestconfig.cache.mkdir("cifar10")
+        yield found
+        return
+    folder = tmp_path_factory.mktemp("real")
     subprocess.run([sys.executable, str(found), str(folder)], check=True)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def find_weights_file(name):
@@ -130,7 +133,7 @@ class Run:
         return read(self.path)
 
 
-def run_notebook(path, out, timeout=600, check=True, env=None, **parameters):
+def run_notebook(path, out, timeout=1800, check=True, env=None, **parameters):
     """Run the notebook `path` with papermill in a process of its own, save it as `out`, return a `Run`.
 
     The kernel works in the folder of `out`. With `check`, a failure is raised with the end of the log.

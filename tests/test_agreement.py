@@ -1,6 +1,8 @@
 """Whatever divides or runs the training, one device or several, it does the same steps on the same batches."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import agreement
 import pytest
@@ -13,7 +15,9 @@ STEPS = SMALL["epochs"] * SMALL["images"] // SMALL["batch"]
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_two_devices_train_like_one(backend, small_cifar):
     require_backend(backend)
-    one, two = (agreement.child(sys.executable, backend, count, 0, small_cifar, SMALL) for count in (1, 2))
+    child = partial(agreement.child, sys.executable, backend, seed=0, data=small_cifar, small=SMALL)
+    with ThreadPoolExecutor() as both:
+        one, two = both.map(child, (1, 2))
     assert (one["devices"], two["devices"]) == (1, 2)
     for stage in agreement.STAGES:
         assert one[stage]["steps"] == two[stage]["steps"] == STEPS

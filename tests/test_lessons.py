@@ -1,20 +1,35 @@
-"""What single notebooks add to the course: their own layers, schedules and plans do what their prose says."""
+"""What the notebooks teach and compute without a pretrained backbone is true."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
-from notebooks import cell_by_id, cell_namespace, code_cells, notebook_paths, read
+from notebooks import cell_namespace, notebook_paths, read
+from scipy import stats
+
+FIRST, SECOND, THIRD, FOURTH, FIFTH = notebook_paths()
+PEAK = 0.5
+pytestmark = pytest.mark.filterwarnings("ignore:__array__")
 
 
-def cells(name, *ids, **values):
-    """Namespace of some cells of the notebook `name`, over `values`; skips where there is no such notebook."""
-    path = ROOT / f"{name}.ipynb"
-    if not path.exists():
-        pytest.skip(f"{path.name} is in preparation")
-    return cell_namespace(path, *ids, **values)
+@pytest.fixture(scope="session")
+def names():
+    """Names that all cells may use; a copy for each, since the import cell takes a while."""
+    return cell_namespace(FIRST, "imports")
+
+
+@pytest.fixture
+def cells(names):
+    """A function that runs cells of a notebook over values, and returns their names."""
+
+    def run(path, *ids, **values):
+        return SimpleNamespace(**cell_namespace(path, *ids, **{**names, "say": str, **values}))
+
+    return run
 
 
 def random_images(count=64):
@@ -22,344 +37,344 @@ def random_images(count=64):
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def as_array(keras, tensor):
-    """A tensor of any backend as a NumPy array."""
-    return keras.ops.convert_to_numpy(tensor)
+def rate_at(schedule, step):
+    """The rate of a schedule, or a constant rate, as a share of the peak."""
+    return float(schedule(step) if callable(schedule) else schedule) / PEAK
 
 
 class TestAugmentation:
-    """Notebook 1, shared by all."""
+    """Shared by all."""
 
-    def layers(self):
-        """The two layers, and Keras."""
-        space = cells("1_CNN_Model", "imports", "alternating-flip", "random-shift", "augmentation")
-        return space["keras"], space
+    @pytest.mark.parametrize("kind", ["uint8", "float32"])
+    def test_a_shift_moves_whole_images_and_mirrors_the_border(self, cells, kind):
+        layer, images = cells(FIRST, "random-shift").RandomShift(4), random_images(300).astype(kind)
+        moved, seen = np.array(layer(images, training=True)), set()
+        mirrored = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+        windows = [(row, column) for row in range(9) for column in range(9)]
+        for number, image in enumerate(moved):
+            fits = [
+                (r, c) for r, c in windows if np.array_equal(image, mirrored[number, r : r + 32, c : c + 32])
+            ]
+            assert len(fits) == 1, "each image is moved by whole pixels, at most 4"
+            seen.update(fits)
+        assert [{place[axis] for place in seen} for axis in (0, 1)] == [set(range(9))] * 2
 
-    def test_two_epochs_in_a_row_show_both_sides_of_every_image(self):
-        keras, space = self.layers()
-        flip, images = space["AlternatingFlip"](), random_images()
-        seen = []
-        for epoch in range(4):
-            flip(images[:1])
-            flip.epoch.assign(epoch)
-            seen.append(as_array(keras, flip(images, training=True)))
-        mirrored = [(epoch == images[:, :, ::-1]).all((1, 2, 3)) for epoch in seen]
-        plain = [(epoch == images).all((1, 2, 3)) for epoch in seen]
-        assert all((m ^ p).all() for m, p in zip(mirrored, plain))
-        assert (mirrored[0] ^ mirrored[1]).all() and np.array_equal(mirrored[0], mirrored[2])
-        assert 0.3 < mirrored[0].mean() < 0.7
+    def test_half_of_the_images_are_mirrored(self, cells):
+        space = cells(FIRST, "random-shift", "augmentation")
+        images = random_images(200)
+        moved = np.array(space.augmentation(0)(images.astype("float32"), training=True))
+        plain, mirrored = ((moved == each).all((1, 2, 3)) for each in (images, images[:, :, ::-1]))
+        assert (plain ^ mirrored).all() and 0.3 < mirrored.mean() < 0.7
 
-    def test_a_shift_moves_whole_images_by_at_most_so_many_pixels(self):
-        keras, space = self.layers()
-        ramp = np.broadcast_to(np.arange(32, dtype="float32")[:, None, None], (200, 32, 32, 3))
-        moved = as_array(keras, space["RandomShift"](4)(ramp, training=True))
-        steps = moved[:, 16, 16, 0] - 16
-        assert set(steps) == set(range(-4, 5))
-        np.testing.assert_array_equal(moved[:, 8:24], ramp[:, 8:24] + steps[:, None, None, None])
+    def test_prediction_sees_the_images_as_they_are(self, cells):
+        layer, images = cells(FIRST, "random-shift", "augmentation").augmentation(), random_images()
+        np.testing.assert_array_equal(layer(images, training=False), images)
 
-    def test_prediction_sees_the_images_as_they_are(self):
-        keras, space = self.layers()
-        images = random_images()
-        np.testing.assert_array_equal(
-            as_array(keras, space["augmentation"]()(images, training=False)), images
+    def test_cutout_paints_a_square_that_may_stick_out(self, cells):
+        layer, images = cells(FOURTH, "cutout").Cutout(8), random_images(300).astype("float32")
+        images[images == 120] = 121
+        painted = np.array(layer(images, training=True))
+        hidden = (painted == 120).all(-1)
+        np.testing.assert_array_equal(painted[~hidden], images[~hidden])
+        rows, columns = hidden.any(2), hidden.any(1)
+        np.testing.assert_array_equal(hidden, rows[:, :, None] & columns[:, None, :])
+        for side in (rows, columns):
+            assert set(side.sum(1)) == {4, 5, 6, 7, 8} and (side.sum(1) == 8).mean() > 0.6
+            assert (np.abs(np.diff(side, axis=1)).sum(1) <= 2).all(), "in one piece"
+            assert side.any(0).all(), "everywhere"
+        np.testing.assert_array_equal(layer(images, training=False), images)
+
+
+class TestModernRecipe:
+    """Notebook 1."""
+
+    def test_whitening_decorrelates(self, cells):
+        x_train = np.random.default_rng(0).normal(size=(400, 35, 35, 3)).cumsum(1).cumsum(2)
+        x_train = np.clip(100 + 5 * x_train[:, 3:, 3:], 0, 255).astype("uint8")
+        space = cells(FIRST, "whitening", x_train=x_train)
+        images = (x_train / 255 - space.mean) / space.std
+        assert np.abs(images.mean((0, 1, 2))).max() < 1e-3 and np.abs(images.std((0, 1, 2)) - 1).max() < 1e-3
+        answers = np.array(space.keras.ops.conv(images.astype("float32"), space.filters, padding="valid"))
+        np.testing.assert_allclose(answers[..., 12:], -answers[..., :12], atol=1e-3)
+        moments = (answers[..., :12].reshape(-1, 12).T @ answers[..., :12].reshape(-1, 12)) / answers[
+            ..., 0
+        ].size
+        strong = np.diag(moments) > 0.9  # the others are weaker than epsilon
+        assert strong.sum() > 3 and np.diag(moments).max() < 1.01
+        np.testing.assert_allclose(moments - np.diag(np.diag(moments)), 0, atol=0.01)
+        few = np.lib.stride_tricks.sliding_window_view(images, (2, 2), axis=(1, 2)).reshape(-1, 12)
+        assert np.abs(np.corrcoef(few.T) - np.eye(12)).max() > 0.5, "before, they hung together"
+
+    @pytest.mark.parametrize("shape", [(3, 3, 8, 4), (3, 3, 4, 8), (3, 3, 4, 4)])
+    def test_a_convolution_begins_as_the_identity(self, cells, shape):
+        values = {"filters": None, "mean": None, "std": None}
+        space, images = (
+            cells(FIRST, "modern-cnn", **values),
+            np.random.default_rng(0).normal(size=(2, 6, 6, shape[2])),
         )
+        layer = space.layers.Conv2D(shape[3], 3, padding="same", use_bias=False)
+        layer.build(images.shape)
+        space.begin_as_identity(layer)
+        kept = min(shape[2:])
+        np.testing.assert_allclose(np.array(layer(images))[..., :kept], images[..., :kept], atol=1e-5)
+        assert np.any(np.array(layer.kernel)[..., kept:]) == (shape[3] > kept)
 
-    def test_every_epoch_has_its_own_number_and_seeds(self):
-        keras, space = self.layers()
-        more = cells("1_CNN_Model", "imports", "derived-seed", "epoch-seed")
-        model = keras.Sequential([keras.Input((32, 32, 3), dtype="uint8"), space["augmentation"]()])
-        batches = type("Batches", (), {"seed": 3, "start_epoch": lambda self, epoch: None})()
-        callback = more["EpochSeed"](batches)
-        callback.set_model(model)
-        looks = []
-        for epoch in (0, 1, 2, 1):
-            callback.on_epoch_begin(epoch)
-            looks.append(as_array(keras, model(random_images(), training=True)))
-        assert np.array_equal(looks[1], looks[3])
-        assert not np.array_equal(looks[0], looks[2])
+    def test_orthogonalised_makes_singular_values_alike(self, cells):
+        orthogonalised = cells(FIRST, "orthogonalised").orthogonalised
+        left, _, right = np.linalg.svd(np.random.default_rng(0).normal(size=(60, 20)), full_matrices=False)
+        values = np.linspace(1, 10, 20)
+        found = left.T @ np.array(orthogonalised((left * values @ right).astype("float32"))) @ right.T
+        singular = values / np.linalg.norm(values)
+        for _ in range(3):
+            singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+        np.testing.assert_allclose(found, np.diag(singular), atol=1e-3)
+        assert singular.max() / singular.min() < 2.2, "it was 10"
+        more = np.array(orthogonalised((left * values @ right).astype("float32"), steps=6))
+        assert np.abs(np.linalg.svd(more, compute_uv=False) - 1).max() < 0.4
+
+    def test_muon_moves_filters_biases_and_the_last_layer(self, cells):
+        space, rng = cells(FIRST, "orthogonalised", "muon"), np.random.default_rng(0)
+        shapes, rate, decay = [(3, 3, 4, 8), (8,), (8, 10)], 0.7, 0.013
+        variables = [space.keras.Variable(rng.normal(size=shape), dtype="float32") for shape in shapes]
+        expected, momentum = [np.array(variable) for variable in variables], [0, 0, 0]
+        optimizer = space.Muon(rate, momentum=0.85, nesterov=True, weight_decay=decay)
+        for _ in range(3):
+            gradients = [rng.normal(size=shape).astype("float32") for shape in shapes]
+            optimizer.apply([space.ops.convert_to_tensor(gradient) for gradient in gradients], variables)
+            momentum[0] = 0.6 * momentum[0] + gradients[0]
+            update = (gradients[0] + 0.6 * momentum[0]).reshape(36, 8)
+            step = np.array(space.orthogonalised(update)).reshape(shapes[0])
+            expected[0] = expected[0] * 8**0.5 / np.linalg.norm(expected[0]) - 0.2 * rate * step
+            for i, peak in ((1, 53.0), (2, 0.01)):
+                momentum[i] = 0.85 * momentum[i] - peak * rate * gradients[i]
+                expected[i] = expected[i] * (1 - decay * rate) + 0.85 * momentum[i]
+                expected[i] = expected[i] - peak * rate * gradients[i]
+        for variable, wanted in zip(variables, expected):
+            np.testing.assert_allclose(np.array(variable), wanted, rtol=1e-3, atol=1e-3)
 
 
-class TestEffects:
-    """Notebook 1: what the small CNN gains by its two remedies."""
+class TestFlops:
+    """Shared by all: operations of a pass, and of a step of training, counted by hand."""
 
-    def effects(self, plain_gap):
-        """Names of the cell, where the gaps of (a) and (c) are `plain_gap` and 0.05."""
-        stage = {"test_accuracy": 0.5, "validation_accuracy": 0.5, "gap": 0.05}
-        stages = {name: dict(stage) for name in ("plain", "augmented", "regularised", "both")}
-        stages["plain"]["gap"] = plain_gap
-        return cells("1_CNN_Model", "points", "effects", stages=stages, ARMS=dict.fromkeys(stages))
+    CONV, DEPTHWISE, DENSE = 2 * 8 * 8 * 3 * 3 * 3 * 4, 2 * 4 * 4 * 3 * 3 * 4, 2 * 4 * 10
 
-    def test_a_gap_is_compared_with_that_of_the_first_arm(self):
-        assert self.effects(0.2)["gap_change"]("regularised") == "-75%"
-        assert self.effects(0.04)["gap_change"]("regularised") == "+25%"
+    def model(self, keras, *frozen):
+        """A network of three counted layers, the first two in a model of their own; some are frozen."""
+        layers, images = keras.layers, keras.Input((8, 8, 3))
+        x = layers.Conv2D(4, 3, padding="same", name="conv", trainable="conv" not in frozen)(images)
+        x = layers.BatchNormalization(trainable="norm" not in frozen)(x)
+        options = {"padding": "same", "name": "depthwise", "trainable": "depthwise" not in frozen}
+        inner = keras.Model(images, layers.DepthwiseConv2D(3, strides=2, **options)(x))
+        x = layers.GlobalAveragePooling2D()(inner(images))
+        return keras.Model(images, layers.Dense(10, name="dense", trainable="dense" not in frozen)(x))
 
-    @pytest.mark.parametrize("gap", [0.0, -0.01])
-    def test_without_a_gap_there_is_nothing_to_close(self, gap):
-        assert "none" in self.effects(gap)["gap_change"]("regularised")
+    @pytest.mark.parametrize(
+        "frozen, passes",
+        [
+            ([], (2, 3, 3)),
+            (["conv"], (1, 3, 3)),
+            (["conv", "norm"], (1, 2, 3)),
+            (["conv", "norm", "depthwise"], (1, 1, 2)),
+            (["depthwise", "dense"], (2, 2, 2)),
+            (["conv", "norm", "depthwise", "dense"], (1, 1, 1)),
+        ],
+    )
+    def test_a_step_of_training(self, cells, frozen, passes):
+        space = cells(FIRST, "count-flops")
+        model, work = self.model(space.keras, *frozen), (self.CONV, self.DEPTHWISE, self.DENSE)
+        assert space.count_flops(model, training=True) == np.dot(work, passes)
+        assert space.count_flops(model) == sum(work)
+
+
+class TestSchedules:
+    """Warm-ups, decays, and how the parts of a training join."""
+
+    POINTS = {
+        "cosine": {0: 0, 6: 0.5, 12: 1, 66: 0.5, 120: 0, 130: 0},
+        "one cycle": {0: 0.1, 18: 0.55, 36: 1, 78: 0.5, 120: 0},
+        "step decay": {0: 1, 59: 1, 61: 0.1, 89: 0.1, 91: 0.01, 120: 0.01},
+        "constant": {0: 1, 60: 1, 120: 1},
+    }
+
+    @pytest.mark.parametrize("kind", POINTS)
+    def test_schedules_of_notebook_4(self, cells, kind):
+        schedule = cells(FOURTH, "schedules").SCHEDULES[kind](PEAK, 120)
+        found = {step: rate_at(schedule, step) for step in self.POINTS[kind]}
+        assert found == pytest.approx(self.POINTS[kind], abs=1e-6)
+
+    def test_rest_of_cosine(self, cells):
+        schedule = cells(THIRD, "rest-of-cosine").RestOfCosine
+        points = self.POINTS["cosine"]
+        for done in (0, 6, 50):
+            rest = schedule(PEAK, 120, done)
+            found = {step: rate_at(rest, step - done) for step in points if step >= done}
+            assert found == pytest.approx({step: points[step] for step in found}, abs=1e-6)
+            again = schedule.from_config(rest.get_config())
+            assert rate_at(again, 7) == rate_at(rest, 7)
+        assert rate_at(schedule(PEAK, 5, 0), 1) == pytest.approx(1), "a short one has a step of warm-up"
+
+    def test_part_of_cosine(self, cells):
+        schedule = cells(FIFTH, "part-of-cosine").PartOfCosine
+        share = {step / 120: rate for step, rate in self.POINTS["cosine"].items()}
+        for begin, pace in ((0, 0.001), (0.05, 0.01), (0.55, 0.05)):
+            part = schedule(PEAK, begin, pace)
+            found = {spent: rate_at(part, (spent - begin) / pace) for spent in share if spent >= begin}
+            assert found == pytest.approx({spent: share[spent] for spent in found}, abs=1e-4)
+            assert rate_at(schedule.from_config(part.get_config()), 3) == rate_at(part, 3)
 
 
 class TestVerdict:
-    """Notebooks 2 and 3 call a difference one only if it is larger than chance."""
+    """Shared by all."""
+
+    @pytest.fixture
+    def verdict(self, cells):
+        """The function."""
+        return cells(FIRST, "verdict").verdict
 
     @pytest.mark.parametrize(
-        "one, other, answer",
+        "gaps, answer",
         [
-            (0.70, 0.50, "yes"),
-            (0.50, 0.70, "no"),
-            (0.700, 0.692, "too close to call"),
-            (0.5, 0.5, "too close"),
+            ([3.0, 4, 5], "yes"),
+            ([-3.0, -4, -5], "no"),
+            ([3.0, -1, 2], "open"),
+            ([9.0], "open"),
+            ([0.0, 0], "open"),
         ],
     )
-    def test_a_difference_must_exceed_two_standard_errors(self, one, other, answer):
-        arms = {
-            name: {"history": [{"val_accuracy": 0.99}, {"val_accuracy": value}]}
-            for name, value in [("one", one), ("other", other)]
-        }
-        said = cells("2_MobileNetV2", "verdict", arms=arms, y_val=np.zeros(5000))["verdict"]("one", "other")
-        assert said.startswith(answer)
-        assert f"{one:.1%} against {other:.1%}" in said
+    def test_is_yes_no_or_open(self, verdict, gaps, answer):
+        found = verdict(np.add(80, gaps), [80] * len(gaps), ("A", "B"))
+        assert (found["verdict"], found["pairs"], found["unit"]) == (answer, len(gaps), "points")
+        assert found["effect"] == pytest.approx(np.mean(gaps))
+        assert ("open" in found["outcome"]) == (answer == "open")
+        side = "ahead of" if np.mean(gaps) > 0 else "behind"
+        assert found["outcome"].startswith(f"A is {side} B by {abs(np.mean(gaps)):.1f}")
 
-    def test_fewer_images_make_a_wider_margin(self):
-        arms = {name: {"history": [{"val_accuracy": value}]} for name, value in [("a", 0.75), ("b", 0.70)]}
-        answers = [
-            cells("2_MobileNetV2", "verdict", arms=arms, y_val=np.zeros(count))["verdict"]("a", "b")
-            for count in (5000, 500)
-        ]
-        assert answers[0].startswith("yes") and answers[1].startswith("too close")
-        assert "less than 1.8 points" in answers[0] and "less than 5.6 points" in answers[1]
+    def test_its_interval_is_that_of_the_paired_t_test(self, verdict):
+        rng = np.random.default_rng(0)
+        for n in (2, 3, 10, 1000):
+            first, second = rng.normal(1, 1, n), rng.normal(0, 1, n)
+            found, test = verdict(first, second), stats.ttest_rel(first, second)
+            low, high = test.confidence_interval(0.95)
+            assert [found["effect"] - found["margin"], found["effect"] + found["margin"]] == pytest.approx(
+                [low, high]
+            )
+            assert (found["verdict"] == "open") == (test.pvalue > 0.05)
+
+    def test_one_pair_decides_nothing(self, verdict):
+        found = verdict([90], [10])
+        assert (found["verdict"], found["margin"]) == ("open", None)
+        assert "no interval" in found["outcome"]
+
+    def test_the_number_of_pairs_that_would_decide_does(self, verdict):
+        gaps = [1.0, -0.5, 1.5, 0.0]
+        found = verdict(gaps, [0] * 4)
+        needed = int(re.search(r"about (\d+) pairs|about (\d+) seeds", found["outcome"]).group(2))
+        assert 4 < needed < 100
+        more = np.mean(gaps) + np.std(gaps, ddof=1) * stats.zscore(np.tile(gaps, needed // 4 + 1), ddof=1)
+        assert verdict(more, [0] * len(more))["verdict"] == "yes"
+
+    def test_only_what_is_decidedly_ahead_is_taken(self, cells):
+        def runs(*values):
+            return [{"history": [{"val_accuracy": 0.99}, {"val_accuracy": value / 100}]} for value in values]
+
+        default = "cosine at 0.0003"
+        values = {"ARMS": {default: ("cosine", 3e-4)}, "BUDGET": {"peaks": [3e-4]}}
+        values["schedules"] = {default: runs(80, 81)}
+        decide = cells(FOURTH, "verdict", "scores", "decide", **values).decide
+        arms = {"default": runs(80, 81), "better": runs(82, 83.1), "best": runs(84, 85.1)}
+        assert decide(arms, "default") == "best"
+        assert decide(arms | {"best": runs(79, 95)}, "default") == "better"
+        assert decide({"default": arms["default"], "lucky": runs(79, 95)}, "default") == "default"
 
 
-class TestTreatment:
-    """Notebook 2 fine-tunes its final model with the BatchNorm that did best in the experiment."""
+class TestReliability:
+    """Notebook 4."""
 
-    @pytest.mark.parametrize("best, momentum", [("follow", 0.9), ("fixed", None), ("slow", 0.999)])
-    def test_the_last_epoch_of_arms_that_began_with_the_probe_decides(self, best, momentum):
-        last = {"follow": 0.5, "fixed": 0.5, "slow": 0.5, "random": 0.9} | {best: 0.6}
-        first = {"follow": 0.7, "fixed": 0.7, "slow": 0.7, "random": 0.7} | {best: 0.4}
-        arms = {
-            name: {"title": name, "history": [{"val_accuracy": first[name]}, {"val_accuracy": last[name]}]}
-            for name in last
-        }
-        space = cells("2_MobileNetV2", "choose-batchnorm", arms=arms)
-        assert space["best_arm"] == best
-        assert space["momentum"] == momentum
+    def test_against_numbers_made_by_hand(self, cells):
+        sure = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55, 1.0])
+        probabilities = np.tile((1 - sure[:, None]) / 9, (1, 10))
+        probabilities[:, 3] = sure
+        labels = np.array([3, 3, 3, 1, 3, 1, 3])
+        means, groups = cells(FOURTH, "right", "reliability").reliability(probabilities, labels, groups=10)
+        # The last group holds 95 and 100 %: 5 images, 96 % sure, 80 % right; the other 55 % sure, 50 % right.
+        assert means["sure"] == pytest.approx(100 * sure.mean())
+        assert means["right"] == pytest.approx(500 / 7)
+        assert means["ECE"] == pytest.approx((5 * 16 + 2 * 5) / 7)
+        expected = pd.DataFrame(
+            {"sure": [55.0, 96], "right": [50.0, 80], "share": [200 / 7, 500 / 7]}, [5, 9]
+        )
+        pd.testing.assert_frame_equal(groups, expected, check_names=False, check_index_type=False)
+
+    def test_a_model_that_knows_how_sure_it_may_be_has_no_error(self, cells):
+        reliability, rng = cells(FOURTH, "right", "reliability").reliability, np.random.default_rng(0)
+        probabilities = rng.dirichlet(np.ones(10) / 3, 50_000)
+        labels = (probabilities.cumsum(1) > rng.random((50_000, 1))).argmax(1)
+        assert reliability(probabilities, labels)[0]["ECE"] < 1
+        assert reliability(probabilities, rng.permutation(labels))[0]["ECE"] > 30
 
 
 class TestEffort:
-    """Notebook 2 says what the accuracy that others report costs here."""
+    """Notebooks 2 and 4: what the accuracy that others report costs here, the probe included."""
 
     @pytest.mark.parametrize(
-        "curve, said",
-        [([0.85, 0.92, 0.95], "0.045 PFLOP"), ([0.912, 0.9, 0.9], "0.025"), ([0.9], "not reached")],
+        "curve, share, answer",
+        [
+            ([0.9, 0.97, 0.98], 0.5, "yes"),
+            ([0.9, 0.9, 0.98], 2.0, "no"),
+            ([0.9], 0.5, "open"),
+            ([0.9], 2.0, "no"),
+        ],
     )
-    def test_the_first_epoch_that_reaches_it_counts_with_the_probe(self, curve, said):
-        tune = {
-            "history": [{"val_accuracy": value} for value in curve],
-            "training_flops": 0.02e15 * len(curve),
-        }
-        stages = {"probe": {"training_flops": 0.005e15}, "tune": tune}
-        space = cells("2_MobileNetV2", "imports", "effort", stages=stages)
-        assert space["REACHED"].startswith(said)
-        assert len(space["spent"]) == len(curve)
-
-
-class TestThawing:
-    """Notebook 3."""
-
-    @pytest.fixture(scope="class")
-    def space(self):
-        """Its function, its choices, and an untrained backbone."""
-        space = cells("3_DenseNet121", "imports", "backbone-choice", "unfreeze", "choices")
-        base = space["BACKBONE"](include_top=False, weights=None, input_shape=(32, 32, 3))
-        return space | {"base": base}
-
-    def test_each_choice_thaws_from_a_layer_on(self, space):
-        base = space["base"]
-        names = [layer.name for layer in base.layers]
-        counts = {}
-        for choice, (_, thaw) in space["CHOICES"].items():
-            space["unfreeze"](base, thaw[-1])
-            first = len(names) if thaw[-1] is None else names.index(thaw[-1])
-            assert [layer.trainable for layer in base.layers] == [n >= first for n in range(len(names))]
-            counts[choice] = sum(int(np.prod(weight.shape)) for weight in base.trainable_weights)
-        assert counts["head"] == 0 < counts["last"] < counts["everything"] == counts["progressive"]
-
-    def test_the_last_block_is_conv5_and_what_follows(self, space):
-        space["unfreeze"](space["base"], space["CONV5"])
-        thawed = [layer.name for layer in space["base"].layers if layer.trainable]
-        assert {name.split("_")[0] for name in thawed} == {"conv5", "bn", "relu"}
-
-    def test_progressive_thaws_more_and_more(self, space):
-        names = [layer.name for layer in space["base"].layers]
-        firsts = [names.index(name) for name in space["CHOICES"]["progressive"][1]]
-        assert firsts == sorted(firsts, reverse=True) and len(set(firsts)) == len(firsts)
-
-    def test_batchnorm_can_be_kept_in_a_thawed_part(self, space):
-        base = space["base"]
-        space["unfreeze"](base, space["CONV5"], learn_norms=False)
-        assert not any(layer.trainable for layer in base.layers if "bn" in layer.name.split("_")[-1])
-        assert base.get_layer("conv5_block1_1_conv").trainable
-        assert not base.get_layer("conv4_block1_1_conv").trainable
-
-    def test_only_batchnorm_that_was_never_used_collects_statistics(self, space, tmp_path):
-        import keras
-
-        base, images = space["base"], random_images(40)
-        old = base.get_layer("conv1_bn")
-        old.moving_mean.assign(old.moving_mean + 0.5)
-        base.save_weights(tmp_path / "partial.weights.h5")
-        names = {"BUDGET": {"size": 32}, "RUN": tmp_path, "BACKBONE": space["BACKBONE"]}
-        ids = ["imports", "input-scaling", "backbone", "upscaling", "never-used", "set-batchnorm"]
-        made = cells("3_DenseNet121", *ids, "collect-statistics", **names)
-        file = made["collect_statistics"](tmp_path / "partial.weights.h5", images, batch=20)
-        after = made["backbone"](32, file)
-        assert not any(made["never_used"](norm) for norm in made["batch_norms"](after))
-        for before, now in zip(base.layers, after.layers, strict=True):
-            same = [np.array_equal(*pair) for pair in zip(before.get_weights(), now.get_weights())]
-            collects = isinstance(now, keras.layers.BatchNormalization) and now.name != old.name
-            assert same == ([True, True, False, False] if collects else [True] * len(same)), now.name
-        assert made["collect_statistics"](file, images) == file
-
-    def test_an_unknown_layer_is_named(self, space):
-        with pytest.raises(ValueError, match="conv9"):
-            space["unfreeze"](space["base"], "conv9_block1")
-
-    @pytest.mark.parametrize("epochs, parts", [(3, 3), (6, 3), (1, 3), (4, 1)])
-    def test_dividing_a_training_keeps_the_number_of_pictures(self, epochs, parts):
-        divide = cells("3_DenseNet121", "imports", "divide-training")["divide_training"]
-        images, labels = random_images(30), np.arange(30)
-        shares = divide(images, labels, epochs, parts)
-        assert len(shares) == parts
-        assert sum(len(share) * count for share, _, count in shares) == epochs * len(images)
-        assert all(len(share) == len(of_share) for share, of_share, _ in shares)
-
-
-class TestDials:
-    """Notebook 4."""
-
-    def test_cutout_hides_a_square_of_the_given_side(self):
-        space = cells("4_EfficientNetB0", "imports", "cutout")
-        keras, images = space["keras"], random_images().astype("float32")
-        images[images == 120] = 121
-        layer = space["Cutout"]()
-        assert np.array_equal(as_array(keras, layer(images, training=True)), images)
-        layer.pixels.assign(8)
-        hidden = as_array(keras, layer(images, training=True)) == 120
-        assert (hidden.all(-1) == hidden.any(-1)).all()
-        rows, columns = hidden[..., 0].any(2).sum(1), hidden[..., 0].any(1).sum(1)
-        np.testing.assert_array_equal(hidden[..., 0].sum((1, 2)), rows * columns)
-        assert max(rows) == max(columns) == 8 and min(rows) >= 4
-        assert np.array_equal(as_array(keras, layer(images, training=False)), images)
-
-    @pytest.mark.parametrize("strength", [0.0, 0.1])
-    def test_the_smoothed_loss_is_that_of_keras(self, strength):
-        space = cells("4_EfficientNetB0", "imports", "smoothed-loss")
-        keras = space["keras"]
-        targets = np.eye(10, dtype="float32")[[1, 4, 7]]
-        logits = np.random.default_rng(0).normal(size=(3, 10)).astype("float32")
-        dial = type("Dial", (), {"value": keras.Variable(strength)})()
-        own = as_array(keras, space["smoothed_loss"](dial)(targets, logits))
-        expected = keras.losses.categorical_crossentropy(targets, logits, True, label_smoothing=strength)
-        np.testing.assert_allclose(own, as_array(keras, expected), rtol=1e-5)
-
-    def test_schedules_share_their_peak(self):
-        space = cells(
-            "4_EfficientNetB0",
-            "imports",
-            "warm-up-cosine",
-            "schedules",
-            "arm-steps",
-            BUDGET={"batch": 64, "arm_epochs": 2},
-            x_arm=range(64 * 60),
-        )
-        assert space["arm_steps"] == 120
-        rates = {name: make(0.5, 120) for name, make in space["SCHEDULES"].items()}
-        assert all(len(table) == 120 for table in rates.values())
-        assert {name: round(float(table.max()), 2) for name, table in rates.items()} == dict.fromkeys(
-            rates, 0.5
-        )
-        ends = {name: table[-1] / 0.5 for name, table in rates.items()}
-        assert ends["constant"] == 1 and max(ends["cosine"], ends["one cycle"], ends["step decay"]) < 0.011
-
-
-class TestBudget:
-    """Notebook 5."""
-
-    @pytest.fixture(scope="class")
-    def plans(self):
-        """Its plans, with prices of a step that stand in the ratio of the areas."""
-
-        def plans(preset):
-            space = cells("5_EfficientNetV2B0", "imports", "presets")
-            budget = space["PRESETS"][preset]
-            small, large = budget["sizes"]
-            values = {
-                "BUDGET": budget,
-                "SMALL": small,
-                "LARGE": large,
-                "PRICE": {s: s * s for s in (small, large)},
-            }
-            ids = ["imports", "warm-up-cosine", "presets", "budget-of", "plan", "rate-at", "stage-plan"]
-            return cells("5_EfficientNetV2B0", *ids, **values)
-
-        return plans
-
-    @pytest.mark.parametrize("preset", ["cpu", "gpu"])
-    @pytest.mark.parametrize("which", ["arm_epochs", "tune_epochs"])
-    def test_recipes_cost_the_same(self, plans, preset, which):
-        space = plans(preset)
-        cost = [space["budget_of"](epochs, 45_000)[1] for epochs in space[which].values()]
-        assert max(cost) / min(cost) < (1.1 if which == "arm_epochs" else 1.15)
-
-    def test_the_rate_does_not_jump_where_the_size_changes(self, plans):
-        space = plans("cpu")
-        plan = space["stage_plan"](space["arm_epochs"]["progressive"], 3_200)
-        (_, _, first_steps, (start, each)), (_, _, second_steps, (seam, other)) = plan
-        assert start == 0 and seam == pytest.approx(first_steps * each)
-        assert seam + second_steps * other == pytest.approx(1)
-        assert other / each == pytest.approx(space["PRICE"][space["LARGE"]] / space["PRICE"][space["SMALL"]])
-        assert 0 < float(space["rate_at"](seam)) < space["PEAK_RATE"]
-        assert float(space["rate_at"](1.0)) == pytest.approx(0, abs=1e-6)
-
-    def test_the_schedule_reads_its_part_from_a_variable(self, plans):
-        space = plans("cpu")
-        notebook = read(ROOT / "5_EfficientNetV2B0.ipynb")
-        exec(cell_by_id(notebook, "part-of-budget").source, space)
-        schedule, keras = space["PartOfBudget"](), space["keras"]
-        schedule.part = keras.Variable([0.25, 0.01])
-        assert float(schedule(10)) == pytest.approx(float(space["rate_at"](0.35)), rel=1e-4)
+    @pytest.mark.parametrize("path, aim", [(SECOND, 0.15), (FOURTH, 0.36)], ids=["2", "4"])
+    def test_the_first_epoch_above_it_counts(self, cells, path, aim, curve, share, answer):
+        history = [{"val_accuracy": value} for value in curve]
+        flops = share * aim * 1e15  # of the whole training, the probe's tenth included
+        probe, tuned = {"training_flops": flops / 10}, {"training_flops": flops * 0.9, "history": history}
+        spent = [(0.1 + 0.9 * number / len(curve)) * flops / 1e15 for number in range(1, len(curve) + 1)]
+        rows = [row | {"PFLOP": work} for row, work in zip(history, spent)]
+        values = {"probe": probe, "tuned": tuned, "curve": rows, "spent": spent[-1], "claims": []}
+        values |= {"BUDGET": {"epochs": len(curve)}, "x_train": [0], "IMAGE_SIZE": 96}
+        [claim] = cells(path, "effort", **values).claims
+        first = next((work for work, value in zip(spent, curve) if value > 0.966), None)
+        assert claim["verdict"] == answer
+        assert claim["effect"] == (pytest.approx(first) if first else None)
 
 
 class TestComparison:
-    """Notebook 5 shows the records of the others where they are, and stands alone where they are not."""
+    """Notebook 5 shows the results of the others where they are, and stands alone where they are not."""
 
-    @pytest.fixture
-    def read_result(self):
-        """Its reader of records."""
-        return cells("5_EfficientNetV2B0", "imports", "read-result")["read_result"]
+    RECORD = {
+        "image_size": 32,
+        "device": "cpu",
+        "final": {"test_accuracy": 90, "margin": 1, "parameters": 2, "training_flops": 3, "seconds": 4},
+    }
 
-    def test_published_records_are_read(self, read_result):
-        for path in notebook_paths():
-            record = ROOT / "results" / f"{path.stem}.json"
-            if record.exists():
-                final = json.loads(record.read_text(encoding="utf-8"))["final"]
-                assert read_result(record)["test_accuracy"] == final["test_accuracy"]
+    def read(self, cells, folder, text=None):
+        """Run its cell where notebook 1 has left a text; return what was found and what is missing."""
+        run = folder / FIFTH.stem / "smoke-seed0"
+        (folder / FIRST.stem / run.name).mkdir(parents=True)
+        if text is not None:
+            (folder / FIRST.stem / run.name / "result.json").write_text(text)
+        part = {"training_flops": 1e15, "seconds": 60}
+        values = {"tuned": {"parts": [part, part]}, "final": SimpleNamespace(count_params=lambda: 7)}
+        values |= {"RUN": run, "NOTEBOOK": FIFTH.stem, "IMAGE_SIZE": 160, "DEVICE": "cpu"}
+        return cells(FIFTH, "read-results", **values, test_accuracy=95.0, margin=0.5)
 
-    @pytest.mark.parametrize(
-        "content", [None, "", "{", "[]", "{}", '{"final": {}}', '{"final": {"seconds": "x"}}']
-    )
-    def test_a_record_that_is_not_usable_is_said_to_be_so(self, read_result, tmp_path, content):
-        path = tmp_path / "1_CNN_Model.json"
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(ValueError, match="no record" if content is None else "not usable"):
-            read_result(path)
+    def test_results_of_others_are_read(self, cells, tmp_path):
+        space = self.read(cells, tmp_path, json.dumps(self.RECORD))
+        assert list(space.networks.index) == [FIRST.stem, FIFTH.stem]
+        assert list(space.networks.loc[FIRST.stem]) == [90, 1, 2, 3, 4, 32, "cpu"]
+        assert list(space.networks.loc[FIFTH.stem]) == [95, 0.5, 7, 2e15, 120, 160, "cpu"]
+        assert space.missing == [SECOND.stem, THIRD.stem, FOURTH.stem]
+
+    @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"final": {}}', '{"final": 3}'])
+    def test_what_is_not_usable_is_missing(self, cells, tmp_path, text):
+        space = self.read(cells, tmp_path, text)
+        assert list(space.networks.index) == [FIFTH.stem] and FIRST.stem in space.missing
 
 
 def test_every_notebook_names_the_next():
-    """Whoever finishes one is told what comes after it."""
-    paths = notebook_paths()
+    paths = notebook_paths(ROOT)
     for path, following in zip(paths, paths[1:]):
         text = "".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
-        assert re.search(rf"`{following.stem}`", text)
-        assert code_cells(read(path))
+        assert f"`{following.stem}`" in text or f"{following.stem}.ipynb" in text

@@ -3,8 +3,8 @@
     python tools/agreement.py --devices 1 2                           on virtual CPU devices of this machine
     python tools/agreement.py --python .venv/bin/python jax=.venv-jax/bin/python torch=.venv-torch/bin/python
 
-Every training is a process of its own. It runs the cells of notebook 1 up to the training, with smaller sizes, and
-trains two of its stages: (a), which draws no random numbers after its initial weights, and (d), which has
+Every training is a process of its own. It runs the cells of notebook 1 up to its experiment, with smaller sizes, and
+trains two of its arms: (a), which draws no random numbers after its initial weights, and (d), which has
 augmentation, Dropout and BatchNorm. The first of the variants is the reference. It trains with several seeds, and
 the spread of its final losses is the noise: a variant agrees if the mean of its final losses lies within three
 standard errors of that of the reference, in training and in validation.
@@ -16,13 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from interruptions import environment, made_data, run_cells
 from notebooks import ROOT, read
 
-STAGES = {"plain": {}, "both": {"augment": True, "regularise": True}}
+STAGES = ("plain", "both")
 LOSSES = ("loss", "val_loss")
 SMALL = {"images": 4000, "epochs": 4, "batch": 100, "validation": 500}
 # In nats; smaller differences of a final loss are noise even where all seeds of the reference agree.
@@ -45,19 +46,16 @@ def train(task):
     virtual_devices(task["devices"])
     with tempfile.TemporaryDirectory() as run_dir:
         parameters = {"PRESET": "smoke", "DATA_DIR": task["data"], "RUN_DIR": run_dir, "SEED": task["seed"]}
-        cells = run_cells(
-            read(ROOT / "1_CNN_Model.ipynb"), parameters, last="train-stage", small=task["small"]
-        )
-        found = {"devices": cells["DEVICES"], "backend": cells["keras"].backend.backend()}
-        for name, options in STAGES.items():
-            built = []
-
-            def build(options=options, built=built):
-                built.append(cells["compiled_small_cnn"](**options))
-                return built[0]
-
-            stage = cells["train_stage"](name, name, build, task["small"]["epochs"], task["small"]["batch"])
-            steps = int(cells["ops"].convert_to_numpy(built[0].optimizer.iterations))
+        notebook, small = read(ROOT / "1_CNN_Model.ipynb"), task["small"]
+        cells = run_cells(notebook, parameters, last="plain-training", small=small)
+        found = {"devices": cells["DEVICES"], "backend": cells["backend"]}
+        regularised = partial(cells["small_cnn"], regularise=True)
+        arms = {"plain": (cells["small_cnn"], small["epochs"])}
+        arms["both"] = (regularised, small["epochs"], cells["augmentation"])
+        for name in STAGES:
+            build = partial(cells["plain_training"], *arms[name])
+            stage = cells["train_stage"](name, name, build, small["epochs"], small["batch"])
+            steps = int(cells["ops"].convert_to_numpy(stage["program"].optimizer.iterations))
             found[name] = {"steps": steps, **{key: [row[key] for row in stage["history"]] for key in LOSSES}}
     return found
 

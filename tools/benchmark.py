@@ -4,7 +4,7 @@
     python tools/benchmark.py in-model host        some of them
 
 - The first seven variants train the small CNN of notebook 1 that learns from augmented images, arm (b): the notebook's
-  own cells, batch size and augmentation, but random images.
+  own cells, batch size, augmentation and Adam, but random images.
 - `cached` and `forward` train notebook 2's linear probe for as many epochs as its preset says: on features that were
   computed once, which is part of the time, and through the frozen backbone in every epoch.
 - `keras` and `torch` train the modern CNN of notebook 1, without augmentation, in 32 bits: the notebook's model, and
@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -49,19 +50,24 @@ RATIOS = [
     ("cached", "forward"),
     ("keras", "torch"),
 ]
-SETUP = "quiet-start imports presets find-device choose-precision check-preset setup-device"
-SMALL_CELLS = f"{SETUP} alternating-flip random-shift augmentation small-block small-cnn small-stage"
-PROBE_CELLS = f"""{SETUP} cpu-precision alternating-flip random-shift augmentation backbone-choice input-scaling
-derived-seed backbone upscaling set-batchnorm transfer-model probe-model"""
-MODERN_CELLS = f"""{SETUP} whitening pixel-statistics identity modern-block modern-cnn orthogonalise muon
-linear-decay modern-stage"""
-SHIFT, BATCH, MODERN_BATCH = 4, 128, 500
+SMALL_CELLS = "random-shift augmentation small-cnn compiled plain-training"
+PROBE_CELLS = "backbone-choice backbone transfer-network compiled-probe"
+MODERN_CELLS = "random-shift augmentation compiled whitening modern-cnn orthogonalised muon train-modern"
+SHIFT, BATCH, MODERN_BATCH = 4, 125, 500
 PROBE_SIZE, PROBE_IMAGES = 64, 1024
 
 
-def notebook_namespace(name, cells, **values):
-    """Names that these cells of a notebook define, run over `values`."""
-    return cell_namespace(ROOT / f"{name}.ipynb", *cells.split(), **{"PRESET": "auto", "SEED": 0, **values})
+def notebook_namespace(name, cells, precision=None, jit=None, **values):
+    """Names that these cells of a notebook define, run over `values`, in that number format, with or without XLA."""
+    path = ROOT / f"{name}.ipynb"
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = {"PRESET": "auto", "SEED": 0, "DATA_DIR": None, "RUN_DIR": folder, "RETRAIN": False}
+        names = cell_namespace(path, "imports", "presets", "setup", **parameters, **values)
+    if precision:
+        names["keras"].config.set_dtype_policy(precision)
+    if jit is not None:
+        names["JIT"] = jit
+    return cell_namespace(path, *cells.split(), **names)
 
 
 def random_data(count):
@@ -108,14 +114,11 @@ def tf_data_batches(images, targets):
 
 def measure_small(seconds, pipeline="in-model", **options):
     """Images per second of training the small CNN with augmentation in the model, on the host or in tf.data."""
-    namespace = notebook_namespace("1_CNN_Model", SMALL_CELLS)
-    if "precision" in options:
-        namespace["keras"].mixed_precision.set_global_policy(options["precision"])
-    if "jit" in options:
-        namespace["JIT"] = options["jit"]
     images, labels = random_data(20_000)
     targets = np.eye(10, dtype="float32")[labels]
-    model = namespace["compiled_small_cnn"](augment=pipeline == "in-model")
+    namespace = notebook_namespace("1_CNN_Model", SMALL_CELLS, x_train=images, **options)
+    augment = namespace["augmentation"] if pipeline == "in-model" else None
+    model = namespace["plain_training"](namespace["small_cnn"], 1, augment)
     feed = {"host": host_batches, "tf-data": tf_data_batches}.get(pipeline)
     batches = feed(images, targets) if feed else None
 
@@ -132,13 +135,14 @@ def measure_small(seconds, pipeline="in-model", **options):
 def measure_probe(seconds, probe):
     """Images per second of training a linear probe, all its epochs, on cached features or through the backbone."""
     namespace = notebook_namespace("2_MobileNetV2", PROBE_CELLS)
-    epochs = namespace["PRESETS"]["cpu"]["probe_epochs"]
+    epochs = namespace["PRESETS"]["quick"]["probe_epochs"]
     images, labels = random_data(PROBE_IMAGES)
     targets = np.eye(10, dtype="float32")[labels]
     keras = namespace["keras"]
-    model = namespace["transfer_model"](PROBE_SIZE, None, momentum=None)
-    model.get_layer(index=-3).trainable = False
-    extractor = keras.Model(model.input, model.get_layer("pooling").output)
+    model = namespace["transfer_network"](PROBE_SIZE)
+    for layer in model.layers[:-1]:
+        layer.trainable = False
+    extractor = keras.Model(model.inputs, model.get_layer("pooling").output)
     head = namespace["compiled_probe"](extractor.output.shape[1], epochs * len(images) // BATCH)
     model.compile("adam", head.loss, metrics=["accuracy"], jit_compile=namespace["JIT"])
 
@@ -158,17 +162,14 @@ def measure_probe(seconds, probe):
 def measure_modern(seconds, modern):
     """Images per second of training the modern CNN, the notebook's model or the same in plain PyTorch."""
     images, labels = random_data(8 * MODERN_BATCH)
-    namespace = notebook_namespace("1_CNN_Model", MODERN_CELLS, x_train=images)
-    keras = namespace["keras"]
-    keras.mixed_precision.set_global_policy("float32")
-    namespace["augmentation"] = keras.layers.Identity
-    namespace["Cutout"] = lambda pixels: keras.layers.Identity()
-    namespace["BUDGET"] = namespace["PRESETS"]["gpu"]
-    model = namespace["compiled_modern_cnn"]()
+    values = {"x_train": images, "train_stage": lambda *arguments: None}  # nothing is to be trained yet
+    namespace = notebook_namespace("1_CNN_Model", MODERN_CELLS, "float32", **values)
+    namespace["augmentation"] = lambda pixels: namespace["layers"].Rescaling(1.0)
+    model = namespace["modern_training"]()
     if modern == "torch":
         import plain_pytorch
 
-        network = plain_pytorch.modern_cnn(*namespace["pixel_statistics"](images))
+        network = plain_pytorch.modern_cnn(namespace["mean"], namespace["std"])
         plain_pytorch.copy_weights(model, network)
         check_same(model, network, images[:100])
         train = partial(plain_pytorch.train, network, images, labels, MODERN_BATCH)

@@ -1,8 +1,10 @@
 """What the maintainers' tools and the tests share: finding, reading, digesting and writing notebooks."""
 
+import ast
 import hashlib
 import json
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -17,10 +19,12 @@ TITLES = {
     "5_EfficientNetV2B0": "EfficientNetV2B0",
 }
 PENDING = "*Recorded run pending.*"
+TEXT_KINDS = {"text/plain", "text/markdown"}
 
 # Places where files lie on somebody's machine. /content is left out: it is the same for everybody in Colab.
 _FOLDERS = "home|root|Users|tmp|private|var|usr|opt|mnt|media|srv|scratch"
 _MACHINE_PATH = re.compile(rf"(?<![\w.:/~])(?:/(?:{_FOLDERS})/[\w.+-]+|[A-Z]:\\+Users\\+\w+)")
+_ADDRESS = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
 
 
 def notebook_paths(root=ROOT):
@@ -50,8 +54,10 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    """Write `value` as readable JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write `value` as JSON, a line for each object or list that holds no other."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+    write_text(path, text + "\n")
 
 
 def tags(cell):
@@ -97,6 +103,32 @@ def code_digest(notebook):
     return hashlib.sha256("\n\n".join(cell.source.rstrip() for cell in cells).encode()).hexdigest()
 
 
+def parameter_names(notebook):
+    """Names that the cell tagged `parameters` assigns, in order."""
+    cell = next((cell for cell in code_cells(notebook) if "parameters" in tags(cell)), None)
+    statements = ast.parse(cell.source).body if cell else []
+    return [node.targets[0].id for node in statements if isinstance(node, ast.Assign)]
+
+
+def lasting_outputs(cell):
+    """Outputs of a code cell as they are published: without warnings (stderr) and emptied live lines, prints joined."""
+    kept = []
+    for output in cell.outputs:
+        if output.get("name") == "stderr" or is_blank(output.get("data", {"": "not a display"})):
+            continue
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1] = nbformat.from_dict(kept[-1] | {"text": kept[-1].text + output.text})
+        else:
+            kept.append(output)
+    return kept
+
+
+def is_blank(data):
+    """Whether a displayed object shows nothing."""
+    shown = data.get("text/markdown", data.get("text/plain")) if data.keys() <= TEXT_KINDS else "an image"
+    return not shown.strip()
+
+
 def output_texts(cell):
     """Every text in the outputs of a code cell (streams, plain text, HTML, tracebacks), without images."""
     texts = []
@@ -130,11 +162,18 @@ def machine_paths(text, also=()):
     return found + [str(folder) for folder in also if len(str(folder)) > 1 and str(folder) in text]
 
 
+def hosts(text):
+    """Addresses and names of machines in `text`: IPv4 addresses, and the name of this one if it looks like a name."""
+    found = [match for match in _ADDRESS.findall(text) if not match.startswith(("127.", "0.0."))]
+    name = platform.node()
+    return found + ([name] if re.search(r"[\d-]", name) and len(name) > 5 and name in text else [])
+
+
 def leaks(notebook, also=()):
-    """(cell id, path) of every absolute path of a machine among the outputs."""
+    """(cell id, path or host) of everything among the outputs that names a machine."""
     return [
-        (cell.id, path)
+        (cell.id, found)
         for cell in code_cells(notebook)
         for text in output_texts(cell)
-        for path in machine_paths(text, also)
+        for found in machine_paths(text, also) + hosts(text)
     ]

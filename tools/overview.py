@@ -3,15 +3,11 @@
 import json
 from pathlib import Path
 
-# What portfolios of CIFAR-10 notebooks usually state for these networks, in percent of the test images.
-USUALLY_REPORTED = {
-    "1_CNN_Model": 79,
-    "2_MobileNetV2": 91,
-    "3_DenseNet121": 94,
-    "4_EfficientNetB0": 97,
-    "5_EfficientNetV2B0": 97,
-}
+from notebooks import TITLES
+from records import accuracies, interval
+
 FILE = Path("results", "overview.png")
+MARKERS = "osD^v"
 
 
 def points(runs):
@@ -19,10 +15,10 @@ def points(runs):
     return [
         {
             "notebook": name,
-            "title": records[0]["title"],
+            "title": TITLES[name],
+            "preset": records[0]["preset"],
             "pflop": records[0]["final"]["training_flops"] / 1e15,
-            "accuracies": [record["final"]["test_accuracy"] for record in records],
-            "usually_reported": USUALLY_REPORTED[name],
+            "accuracies": accuracies(records),
         }
         for name, records in runs.items()
     ]
@@ -48,25 +44,24 @@ def draw(shown, root):
     import seaborn as sns
     from matplotlib import ticker
 
-    sns.set_theme(style="whitegrid", palette="colorblind")
-    figure, axis = plt.subplots(figsize=(6, 4))
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.95)
+    figure, axis = plt.subplots(figsize=(5.4, 3.6))
     for number, point in enumerate(shown):
-        values = [100 * accuracy for accuracy in point["accuracies"]]
-        mean = sum(values) / len(values)
-        usual = point["usually_reported"]
-        axis.plot([point["pflop"]] * 2, [usual, mean], color="lightgray", zorder=1)
-        axis.plot(point["pflop"], usual, "_", color=f"C{number}", markersize=16, markeredgewidth=2)
-        label = f"{point['title']}, {mean:.1f} %"
-        axis.plot([point["pflop"]] * len(values), values, "osD^v"[number], color=f"C{number}", label=label)
-    axis.plot([], [], "_", color="gray", markersize=16, markeredgewidth=2, label="usually reported")
+        mean = sum(point["accuracies"]) / len(point["accuracies"])
+        low, high = interval(mean)
+        marker, color = MARKERS[number % len(MARKERS)], f"C{number}"
+        bar = [[100 * (mean - low)], [100 * (high - mean)]]
+        label = f"{point['title']}: {100 * mean:.1f} %"
+        label += "" if point["preset"] == "full" else f" ({point['preset']})"
+        axis.errorbar(point["pflop"], 100 * mean, bar, fmt=marker, color=color, capsize=4, label=label)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axis.set_xlabel("PFLOP of training, all stages of the final model")
+    axis.set_xlabel("training of the final model (PFLOP)")
     axis.set_ylabel("test accuracy (%)")
-    axis.margins(x=0.2, y=0.1)
-    axis.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    axis.margins(x=0.15, y=0.1)
+    axis.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
     path = Path(root) / FILE
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Description": json.dumps(shown)})

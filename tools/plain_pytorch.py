@@ -17,7 +17,8 @@ class BiasedNorm(nn.BatchNorm2d):
 def conv_norm(channels, filters, pool=False):
     """3 x 3 convolution, pooling if asked, BatchNorm and GELU."""
     convolution = nn.Conv2d(channels, filters, 3, padding=1, bias=False)
-    return [convolution, *([nn.MaxPool2d(2)] if pool else []), BiasedNorm(filters), nn.GELU()]
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    return [convolution, *pooling, BiasedNorm(filters), nn.GELU(approximate="tanh")]
 
 
 def modern_cnn(mean, std, widths=(64, 256, 256)):
@@ -29,7 +30,7 @@ def modern_cnn(mean, std, widths=(64, 256, 256)):
         scale.bias.copy_(torch.tensor(-mean / std))
     for layer in (scale, whiten):
         layer.requires_grad_(False)
-    parts, channels = [scale, whiten, nn.GELU()], 24
+    parts, channels = [scale, whiten, nn.GELU(approximate="tanh")], 24
     for filters in widths:
         parts += conv_norm(channels, filters, pool=True) + conv_norm(filters, filters)
         channels = filters
@@ -54,13 +55,11 @@ def copy_weights(model, network):
 
 def orthogonalised(matrix, steps=3):
     """Roughly the orthogonal matrix nearest to `matrix` (rows, columns), by Newton-Schulz iteration."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+    return x
 
 
 class Muon:

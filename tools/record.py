@@ -1,36 +1,58 @@
-"""Run a notebook on the real data and publish what came out: outputs, record, figures, and README's tables.
+"""Run a notebook on the real data and publish what came out: outputs, record, figures, model file, README's tables.
 
-    python tools/record.py 1_CNN_Model.ipynb --preset gpu
-    python tools/record.py 1_CNN_Model.ipynb --preset gpu --seed 1     a further seed: only results/<name>-seed1.json
-    python tools/record.py 2_MobileNetV2.ipynb --preset cpu --weights FILE --weights-note "what the file is"
-    python tools/record.py 1_CNN_Model.ipynb --preset cpu --no-publish  only say accuracy and peak memory
+    python tools/record.py 1_CNN_Model.ipynb                          preset full, seed 0: the published run
+    python tools/record.py 1_CNN_Model.ipynb --seed 1                 a further seed: only results/<name>-seed1.json
+    python tools/record.py 2_MobileNetV2.ipynb --preset quick --weights FILE --weights-note "what the file is"
+    python tools/record.py 1_CNN_Model.ipynb --preset smoke --no-publish   only say accuracy and peak memory
 
-Nothing committed changes unless the whole notebook ran. After an interruption or an error the part that was executed
-stays in RUN_DIR, and the same command goes on where training stopped.
+The notebook leaves what a reader saw in result.json; this adds what only a maintainer needs. Nothing committed
+changes unless the whole notebook ran. What ran before an interruption or an error stays in the run folder, and
+the same command goes on where training stopped.
 """
 
 import argparse
 import base64
 import json
-import logging
+import os
+import platform
+import shutil
+import subprocess
 import sys
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import papermill
+import nbformat
 import refresh
 from notebooks import (
     ROOT,
+    cell_by_id,
     code_cells,
     code_digest,
     errors,
+    hosts,
+    is_injected,
+    lasting_outputs,
     leaks,
     machine_paths,
     output_images,
+    parameter_names,
     read,
     tags,
     write,
     write_json,
 )
+from origins import identify_data, identify_weights
+from run import run, value
+
+RESULT_KEYS = set(
+    "notebook preset seed backend device precision image_size stages experiments claims final formats "
+    "recommended".split()
+)
+FINAL_KEYS = set(
+    "title validation_accuracy test_accuracy margin views parameters training_flops seconds".split()
+)
+MOST_BYTES = 1_000_000
 
 
 def arguments(argv):
@@ -39,58 +61,48 @@ def arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("notebook", help="file or name of the notebook, e.g. 1_CNN_Model.ipynb")
-    parser.add_argument("--preset", choices=["smoke", "cpu", "gpu"], default="gpu")
+    parser.add_argument("--preset", choices=["smoke", "quick", "full"], default="full")
     parser.add_argument(
         "--seed", type=int, default=0, help="0: the published run; another: a further seed of it"
     )
-    parser.add_argument("--data-dir", help="folder that holds cifar-10-batches-py; default: download")
-    parser.add_argument("--data-note", default="", help="footnote, if the data are not the official files")
+    parser.add_argument("--data-dir", help="the notebook's DATA_DIR; default: Keras downloads")
+    parser.add_argument("--data-note", default="", help="what the data are, if not the official files")
+    parser.add_argument("--weights", help="the notebook's WEIGHTS: imagenet, none or a file")
+    parser.add_argument("--weights-note", default="", help="what a file of weights is")
     parser.add_argument(
-        "--run-dir", default="runs", help="checkpoints and histories (relative: in the repository)"
+        "--run-dir", default="runs", help="the notebook's RUN_DIR (relative: in the repository)"
     )
-    parser.add_argument("--weights", help="the notebook's WEIGHTS, e.g. a file, where there is no internet")
-    parser.add_argument("--weights-note", help="what that file is, if it is not Keras's own")
     parser.add_argument("--no-publish", action="store_true", help="run it, say what came out, change nothing")
     return parser.parse_args(argv)
 
 
 def notebook_parameters(args):
-    """Parameters to inject into the notebook."""
-    parameters = {
-        "PRESET": args.preset,
-        "SEED": args.seed,
-        "RUN_DIR": args.run_dir,
-        "DATA_NOTE": args.data_note,
-    }
-    if args.data_dir:
-        parameters["DATA_DIR"] = str(Path(args.data_dir).resolve())
-    if args.weights:
-        weights = Path(args.weights)
-        parameters["WEIGHTS"] = str(weights.resolve()) if weights.exists() else args.weights
-    if args.weights_note:
-        parameters["WEIGHTS_NOTE"] = args.weights_note
+    """Parameters to inject into the notebook; a path that exists is made absolute."""
+    parameters = {"PRESET": args.preset, "SEED": args.seed, "RUN_DIR": args.run_dir}
+    for name, text in (("DATA_DIR", args.data_dir), ("WEIGHTS", args.weights)):
+        if text is not None:
+            path = Path(text).expanduser()
+            parameters[name] = str(path.resolve()) if path.exists() else value(text)
     return parameters
 
 
-def execute(path, executed, parameters, root):
-    """Run the notebook at `path` with its log on the terminal, saving to `executed` after every cell."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(
-            str(path),
-            str(executed),
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=str(root),
-            log_output=True,
-        )
-    except (papermill.PapermillExecutionError, KeyboardInterrupt) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(
-            f"{path.name} did not finish. What ran is in {executed}; the committed notebook is unchanged. "
-            "The same command goes on where training stopped."
-        ) from None
+def initial_weights(notebook, parameters):
+    """The WEIGHTS that a run starts from, "scratch" in a notebook without that parameter."""
+    if "WEIGHTS" not in parameter_names(notebook):
+        return "scratch"
+    namespace = {}
+    exec(cell_by_id(notebook, "parameters").source, namespace)
+    return parameters.get("WEIGHTS", namespace["WEIGHTS"])
+
+
+def device_name(kind):
+    """Name of the device of a kind, "cpu", "gpu" or "tpu", on this machine."""
+    if kind == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    if kind == "gpu" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.check_output(query, text=True).splitlines()[0]
+    return kind.upper()
 
 
 def peak_memory():
@@ -116,44 +128,65 @@ def note_peak_memory(path, fresh):
     return max(peak, before)
 
 
+def make_record(result, notebook, parameters, args, peak):
+    """The record of a run: what the notebook left, and what it was made with."""
+    weights = initial_weights(notebook, parameters)
+    record = {
+        **result,
+        **identify_data(parameters.get("DATA_DIR"), args.data_note),
+        **identify_weights(result["notebook"], weights, args.weights_note, result["image_size"]),
+        "device_name": device_name(result["device"]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("keras", result["backend"], "numpy")},
+        "code_sha256": code_digest(notebook),
+    }
+    return record | ({"peak_memory_bytes": peak} if peak else {})
+
+
 def with_outputs(committed, executed):
     """`committed` with the outputs of `executed`, numbered 1 to n; nothing else of papermill's additions."""
-    ran = {cell.id: cell for cell in executed.cells}
-    for number, cell in enumerate(code_cells(committed), 1):
-        other = ran.get(cell.id)
-        if other is None or other.source != cell.source:
-            raise SystemExit(f"Cell {cell.id} was edited while the notebook ran: run it again.")
-        cell.outputs = other.outputs
-        cell.execution_count = number
+    ran = [cell for cell in code_cells(executed) if not is_injected(cell)]
+    cells = code_cells(committed)
+    if [(cell.id, cell.source) for cell in ran] != [(cell.id, cell.source) for cell in cells]:
+        raise SystemExit("The notebook was edited while it ran: run it again.")
+    counts = [cell.execution_count for cell in code_cells(executed)]
+    if counts != list(range(1, len(counts) + 1)):
+        raise SystemExit("The cells were not executed once each, in order: run it again.")
+    for number, (cell, other) in enumerate(zip(cells, ran, strict=True), 1):
+        cell.outputs, cell.execution_count = lasting_outputs(other), number
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = number
     return committed
 
 
+def check_result(result, args, name, folder):
+    """Stop if what the notebook left in `folder` is not of this run, or lacks something."""
+    missing = (RESULT_KEYS - result.keys()) | (FINAL_KEYS - result.get("final", {}).keys())
+    if missing:
+        raise SystemExit(f"result.json lacks {', '.join(sorted(missing))}.")
+    if (result["notebook"], result["preset"], result["seed"]) != (name, args.preset, args.seed):
+        raise SystemExit("result.json is of another notebook, preset or seed.")
+    if result["recommended"] and not (folder / result["recommended"]).is_file():
+        raise SystemExit(f"The recommended model file {result['recommended']} is not in {folder}.")
+
+
 def check(notebook, record, folders):
-    """Stop if outputs or record are not fit to be published."""
+    """Stop if outputs or record are not fit to be published; `folders` must not be named in them."""
     if found := errors(notebook):
         raise SystemExit("\n".join(f"Cell {cell_id} ended with {error}" for cell_id, error in found))
-    found = leaks(notebook, folders)
-    found += [
-        ("(the record)", path) for path in machine_paths(json.dumps(record, ensure_ascii=False), folders)
+    text = json.dumps(record, ensure_ascii=False)
+    found = leaks(notebook, folders) + [
+        ("(the record)", p) for p in machine_paths(text, folders) + hosts(text)
     ]
     if found:
         raise SystemExit(
-            "\n".join(f"Output of cell {where} names a path of this machine: {p}" for where, p in found)
+            "\n".join(f"Output of cell {where} names this machine: {what}" for where, what in found)
         )
-    if record["code_sha256"] != code_digest(notebook):
-        raise SystemExit("The record is of other code than the notebook's: were its last cells not run?")
-
-
-def save_figures(notebook, folder):
-    """Write the images of the cells tagged `figure` as <cell id>.png, and remove those of earlier runs."""
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for name, png in figures(notebook).items():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(png)
+    size = len(nbformat.writes(notebook).encode())
+    if size > MOST_BYTES:
+        raise SystemExit(f"The notebook with its outputs has {size:,} bytes; {MOST_BYTES:,} is the most.")
 
 
 def figures(notebook):
@@ -166,9 +199,15 @@ def figures(notebook):
     return found
 
 
-def publish(path, notebook, record, root):
-    """Write notebook, record and figures, and refresh what is made from them."""
-    save_figures(notebook, root / "results" / path.stem)
+def publish(path, notebook, record, model_file, root):
+    """Write notebook, record, figures and model file (or None), and refresh what is made from them."""
+    folder = root / "results" / path.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, png in figures(notebook).items():
+        (folder / name).write_bytes(png)
+    if model_file:
+        shutil.copyfile(model_file, folder / model_file.name)
     write_json(root / "results" / f"{path.stem}.json", record)
     write(notebook, path)
     refresh.refresh(root)
@@ -178,32 +217,37 @@ def main(argv=None, root=ROOT):
     """Run the command; returns the exit status."""
     args, root = arguments(argv), Path(root)
     path = root / f"{Path(args.notebook).stem}.ipynb"
-    run = f"{args.preset}-seed{args.seed}"
-    run_dir = root / args.run_dir
-    executed = run_dir / f"{path.stem}-{run}.ipynb"
-    fresh = not (run_dir / path.stem / run).exists()
-    try:
-        execute(path, executed, notebook_parameters(args), root)
-    finally:
-        peak = note_peak_memory(run_dir / f"{path.stem}-{run}-peak-memory.json", fresh)
+    name = f"{args.preset}-seed{args.seed}"
+    run_dir = root / Path(args.run_dir).expanduser()
+    folder = run_dir / path.stem / name
+    executed, parameters = run_dir / f"{path.stem}-{name}.ipynb", notebook_parameters(args)
+    fresh = not folder.exists()
+    status = run(path, executed, parameters, root)
+    peak = note_peak_memory(run_dir / f"{path.stem}-{name}-peak-memory.json", fresh)
+    if status:
+        return status
 
     notebook = with_outputs(read(path), read(executed))
-    record = json.loads((run_dir / path.stem / run / "record.json").read_text(encoding="utf-8"))
-    if peak:
-        record["peak_memory_bytes"] = peak
-    check(notebook, record, [root, Path.home(), *([Path(args.data_dir).resolve()] if args.data_dir else [])])
-    found = f"{path.stem}: test accuracy {refresh.percent(record['final']['test_accuracy'])} %"
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    check_result(result, args, path.stem, folder)
+    record = make_record(result, notebook, parameters, args, peak)
+    named = [
+        parameters[key] for key in ("DATA_DIR", "WEIGHTS") if Path(str(parameters.get(key))).is_absolute()
+    ]
+    check(notebook, record, [root, Path.home(), *named])
+    found = f"{path.stem}: test accuracy {record['final']['test_accuracy']:.2f} %"
     found += f", peak memory {peak / 1e9:.2f} GB" if peak else ""
     if args.no_publish:
-        print(f"{found}; nothing is published.")
+        print(f"\n{found}; nothing is published.")
         return 0
     if args.seed == 0:
-        publish(path, notebook, record, root)
+        small = result["recommended"] if args.preset == "full" else None
+        publish(path, notebook, record, small and folder / small, root)
     else:
         write_json(root / "results" / f"{path.stem}-seed{args.seed}.json", record)
         refresh.refresh(root)
     refresh.report_left_out(root)
-    print(f"{found}; published in results/.")
+    print(f"\n{found}; published in results/.")
     return 0
 
 

@@ -8,6 +8,7 @@ its id. Outputs stay as they are: a notebook whose code changed has to be record
 """
 
 import argparse
+import copy
 import sys
 
 from notebooks import ROOT, notebook_paths, read, tags, write
@@ -40,9 +41,15 @@ def differences(notebooks):
     ]
 
 
+def look(cell):
+    """What else than its text is the same in all copies: tags (`shared` among them), and how it is folded."""
+    metadata = {key: cell.metadata[key] for key in ("cellView", "jupyter") if key in cell.metadata}
+    return metadata | {"tags": tags(cell) + ["shared"] * ("shared" not in tags(cell))}
+
+
 def alike(cell, original):
     """Whether a shared cell is what its original is, and says that it is shared."""
-    same = (cell.cell_type, cell.source) == (original.cell_type, original.source)
+    same = (cell.cell_type, cell.source, look(cell)) == (original.cell_type, original.source, look(original))
     return same and "shared" in tags(cell)
 
 
@@ -53,8 +60,9 @@ def carry(cell, original):
             f"{cell.id}: is {cell.cell_type} here and {original.cell_type} in the original; change one id"
         )
     cell.source = original.source
-    if "shared" not in tags(cell):
-        cell.metadata["tags"] = [*tags(cell), "shared"]
+    for key in ("cellView", "jupyter"):
+        cell.metadata.pop(key, None)
+    cell.metadata.update(copy.deepcopy(look(original)))
 
 
 def main(argv=None, root=ROOT):
