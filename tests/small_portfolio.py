@@ -60,7 +60,7 @@ RESULT = {
             "margin": 0.42,
             "unit": "points",
             "pairs": 3,
-            "outcome": "(b) is ahead of (a).",
+            "outcome": "(b) is above (a).",
         },
         {
             "claim": "One seed decides",

@@ -181,7 +181,9 @@ def result_sentence(runs):
         spread = f"95 % interval {percent(low, 1)} to {percent(high, 1)}"
     else:
         spread = f"mean of {len(shares)} seeds, standard deviation {percent(statistics.stdev(shares))} points"
-    return f"{found} of the test images ({spread}), after {pflop(final['training_flops'])} PFLOP of training."
+    work = f"{pflop(final['training_flops'])} PFLOP (10¹⁵ operations) of training"
+    before = "" if runs[0]["weights"].startswith("none") else ", the pretraining not counted"
+    return f"{found} of the test images ({spread}), after {work}{before}."
 
 
 def small_print(runs):
