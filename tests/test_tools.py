@@ -284,7 +284,10 @@ def test_data_are_official_only_if_their_sums_agree(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(folder, folder.name)
     sums = origins.data_sums(folder)
+    shutil.copytree(folder, tmp_path / "far" / "a" / "b" / "c")
+    assert origins.data_sums(tmp_path / "far") == sums, "found as far down as the notebooks find it"
     shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "far")
     assert sums == origins.data_sums(tmp_path) == origins.data_sums(tmp_path / "cifar-10-python.tar.gz")
     monkeypatch.setattr(origins, "OFFICIAL_MD5", sums)
     assert origins.identify_data(None) == {

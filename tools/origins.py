@@ -14,8 +14,8 @@ OFFICIAL_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-FOLDERS = (".", "cifar-10-batches-py", "datasets/cifar-10-batches-py")
-FOLDERS += ("datasets/cifar-10-batches-py-target/cifar-10-batches-py",)  # where Keras unpacks its download
+# Where the notebooks' reader looks at and below a folder; Keras's download lies within.
+DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 ARCHIVES = (".", "cifar-10-python.tar.gz", "datasets/cifar-10-python.tar.gz")
 # Keras's file without the top for each notebook, and the MD5 sum in keras.applications; MobileNetV2's has none there.
 KERAS_WEIGHTS = {
@@ -37,8 +37,8 @@ def keras_home():
 
 def data_sums(place):
     """{file name: MD5 sum} of the six files of CIFAR-10 in a folder or archive at or below `place`; {} if absent."""
-    for folder in (place / name for name in FOLDERS):
-        files = [folder / name for name in OFFICIAL_MD5]
+    for found in (path for depth in DEPTHS for path in sorted(place.glob(depth + "data_batch_1"))):
+        files = [found.with_name(name) for name in OFFICIAL_MD5]
         if all(file.is_file() for file in files):
             return {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in files}
     for path in (place / name for name in ARCHIVES):
