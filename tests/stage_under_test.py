@@ -99,15 +99,13 @@ class Stage:
     def train(self, build=None, epochs=EPOCHS, batch_size=BATCH, options=None, **changes):
         """Run `train_stage` with `options`; `changes` are other values of the cells' global names.
 
-        Without a `build`, the tiny model is trained in one program that is compiled once for all tests.
+        Without a `build`, it trains the tiny model.
         """
         values = {"RUN": self.run, **changes}
         kept = {key: self.cells[key] for key in values if key in self.cells}
         self.cells.update(values)
         if build is None:
             build = partial(tiny_model, self.cells)
-            self.cells.setdefault("PROGRAM", build())
-            options = {"program": self.cells["PROGRAM"]} | (options or {})
         try:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 train = self.cells["train_stage"]

@@ -22,7 +22,7 @@ OWN = {
     SECOND: ["fine-tuning"],
     THIRD: "show-parts thaw rest-of-cosine tuning-model train-phases joined phases-of".split(),
     FOURTH: ["schedules", "fine-tuning"],
-    FIFTH: "price part-of-cosine tuning-model warmed train-sizes joined".split(),
+    FIFTH: "price part-of-cosine tuning-model train-sizes joined".split(),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:__array__")
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])

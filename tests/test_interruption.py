@@ -30,6 +30,7 @@ from stage_under_test import (
     run_setup,
     small_disk,
     tiny_model,
+    tiny_network,
 )
 
 KILLS = [("write", 30), ("file", 4), ("batch", 5), ("time", 3.0)]
@@ -136,24 +137,49 @@ def check_stages_do_not_mix(stage, whole):
     assert other.train(options={"seed": 1}).outcome() == fresh.outcome() != stage.outcome()
 
 
-def check_seeds_share_a_program(stage, whole):
-    """The seeds of an arm that share a compiled program end like ones that do not, interrupted or not."""
-    build = partial(tiny_model, stage.cells)
+def check_models_are_compiled_once(stage, whole):
+    """Models of the same make are compiled once, and end like ones that were compiled alone, interrupted or not."""
+    names, known = stage.cells, lambda: [id(model) for model in stage.cells["COMPILED"].values()]
 
-    def train(name, title, **options):
-        assert (options["program"] is None) == (options["seed"] == 0)
-        own = Stage(stage.cells, stage.run, name)
-        changes = {"build": own_build, "options": {key: options[key] for key in ("seed", "program")}}
-        if options["seed"] == 2:
-            interrupted(own, 2, **changes)
-        return own.train(**changes).result
+    def train(name, title, seed, lines):
+        own = Stage(names, stage.run, name)
+        if seed == 2:
+            interrupted(own, 2, options={"seed": seed})
+            assert known() == []  # what was interrupted is not used again
+        return own.train(options={"seed": seed}).result | {"known": known()}
 
-    own_build = build
-    arms = stage.cells["run_arms"]("arms", {"arm": {}}, 3, train=train)["arm"]
+    names["COMPILED"].clear()
+    arms = names["run_arms"]("arms", {"arm": {}}, 3, train=train)["arm"]
+    assert arms[0]["known"] == arms[1]["known"] and len(arms[2]["known"]) == 1
     for seed, shared in enumerate(arms):
-        alone = Stage(stage.cells, stage.run.with_name("alone"), f"seed-{seed}")
-        alone.train(build=build, options={"seed": seed})
+        names["COMPILED"].clear()
+        alone = Stage(names, stage.run.with_name("alone"), f"seed-{seed}").train(options={"seed": seed})
         assert contents(shared["file"]) == contents(alone.result["file"])
+
+
+def check_other_makes_are_compiled_anew(stage, whole):
+    """Another rate, loss, layer or class of a layer is another make; only the newest four are kept."""
+    import keras
+
+    names, run = stage.cells, stage.run
+    names["COMPILED"].clear()
+    plain = names["RandomShift"]
+    other_class = {**names, "RandomShift": type("RandomShift", (plain,), {"__module__": plain.__module__})}
+    changes = [{}, {"cells": other_class}, {"rate": 0.01}, {"smoothing": 0.1}]
+    changes += [{"optimizer": keras.optimizers.SGD}, {"network": partial(tiny_network, names, drop=0.2)}]
+    for number, change in enumerate(changes):
+        build = partial(tiny_model, **({"cells": names} | change))
+        Stage(names, run, str(number)).train(build=build, epochs=1)
+        assert len(names["COMPILED"]) == min(number + 1, 4)
+    Stage(names, run, "again").train(build=build, epochs=1, options={"seed": 1})
+    assert len(names["COMPILED"]) == 4  # another seed is the same make
+
+
+def check_compiling_leaves_no_trace(stage, whole):
+    """A training that compiles its model first ends like one in a model that was compiled before."""
+    stage.cells["COMPILED"].clear()
+    stage.train().assert_like(whole)
+    Stage(stage.cells, stage.run.with_name("again")).train().assert_like(whole)
 
 
 def check_two_runs(stage, whole):
@@ -199,7 +225,7 @@ HOLES = {
     "order does not follow from seed and epoch": (SAME_ORDER, "", check_resumes),
     "order starts anew": ([("batches_from(done, x", "batches_from(0, x")], "", check_resumes),
     "the curve starts empty": (
-        [("done, steps = program or fresh, len(state", "done, steps = program or fresh, 0 * len(state")],
+        [("done, steps, new = len(state", "done, steps, new = 0 * len(state")],
         "",
         check_resumes,
     ),
@@ -230,10 +256,30 @@ HOLES = {
         "",
         check_stages_do_not_mix,
     ),
-    "a shared program keeps its weights": (
-        [("            old.assign(new)", "            pass")],
+    "a compiled model keeps its weights": (
+        [("                variable.assign(value)", "                pass")],
         "",
-        check_seeds_share_a_program,
+        check_models_are_compiled_once,
+    ),
+    "an interrupted model is used again": (
+        [("COMPILED.pop(make, fresh)", "COMPILED.setdefault(make, fresh)")],
+        "",
+        check_models_are_compiled_once,
+    ),
+    "the make of a model is not looked at": (
+        [("make = json.dumps(kept),", "make = len(kept) > 0,")],
+        "",
+        check_other_makes_are_compiled_anew,
+    ),
+    "classes are not looked at": (
+        [("*map(type, [*every_layer(fresh), fresh.optimizer])", "*[]")],
+        "",
+        check_other_makes_are_compiled_anew,
+    ),
+    "all compiled models are kept": (
+        [("in [*COMPILED][:-4]", "in []")],
+        "",
+        check_other_makes_are_compiled_anew,
     ),
     "another run is not noticed": ([("if old and old[-1] >= path:", "if False:")], "", check_two_runs),
 }

@@ -331,12 +331,12 @@ class TestEffort:
     def test_the_first_epoch_above_it_counts(self, cells, path, aim, curve, share, answer):
         history = [{"val_accuracy": value} for value in curve]
         flops = share * aim * 1e15  # of the whole training, the probe's tenth included
-        probe, tuned = {"training_flops": flops / 10}, {"training_flops": flops * 0.9, "history": history}
+        probe = {"training_flops": flops / 10, "history": [{"val_accuracy": 0.85}]}
+        tuned = {"training_flops": flops * 0.9, "history": history}
         spent = [(0.1 + 0.9 * number / len(curve)) * flops / 1e15 for number in range(1, len(curve) + 1)]
-        rows = [row | {"PFLOP": work} for row, work in zip(history, spent)]
-        values = {"probe": probe, "tuned": tuned, "curve": rows, "spent": spent[-1], "claims": []}
-        values |= {"BUDGET": {"epochs": len(curve)}, "x_train": [0], "IMAGE_SIZE": 96}
-        [claim] = cells(path, "effort", **values).claims
+        names = cells(path, "effort", claims=[], x_train=[0], IMAGE_SIZE=96)
+        names.judge_effort([probe, tuned], 96.6, aim)
+        [claim] = names.claims
         first = next((work for work, value in zip(spent, curve) if value > 0.966), None)
         assert claim["verdict"] == answer
         assert claim["effect"] == (pytest.approx(first) if first else None)

@@ -35,7 +35,7 @@ def data(count, seed):
 def lesson(imported, path, run, ids=(), edits=(), **values):
     """Run a notebook's cells in one namespace, with (old, new) edits of their source; return the namespace."""
     names = {**imported, "say": str, "display": str, "SEED": 0, "WEIGHTS": None, "RUN": run, "JIT": False}
-    names |= {"DEVICE": "cpu", "DEVICES": 1, "PRECISION": "float32"}
+    names |= {"DEVICE": "cpu", "DEVICES": 1, "PRECISION": "float32", "COMPILED": {}}
     names["backend"] = names["keras"].backend.backend()
     for kind, count in (("train", 32), ("val", 100)):
         names[f"x_{kind}"], names[f"y_{kind}"] = data(count, count)

@@ -55,7 +55,8 @@ def train(task):
         for name in STAGES:
             build = partial(cells["plain_training"], *arms[name])
             stage = cells["train_stage"](name, name, build, small["epochs"], small["batch"])
-            steps = int(cells["ops"].convert_to_numpy(stage["program"].optimizer.iterations))
+            [*_, model] = cells["COMPILED"].values()
+            steps = int(cells["ops"].convert_to_numpy(model.optimizer.iterations))
             found[name] = {"steps": steps, **{key: [row[key] for row in stage["history"]] for key in LOSSES}}
     return found
 

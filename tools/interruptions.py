@@ -133,11 +133,9 @@ class Trap:
         begin_epoch, begin_batch = callbacks.on_epoch_begin, callbacks.on_train_batch_begin
         end_training = callbacks.on_train_end
 
-        def stage_of(listed):
-            return next((str(part.folder) for part in listed.callbacks if hasattr(part, "folder")), "none")
-
         def on_epoch_begin(listed, epoch, logs=None):
-            trap.note("epoch", stage=os.path.relpath(stage_of(listed), trap.run_dir), epoch=epoch)
+            for folder in [part.folder for part in listed.callbacks if hasattr(part, "folder")]:
+                trap.note("epoch", stage=os.path.relpath(folder, trap.run_dir), epoch=epoch)
             begin_epoch(listed, epoch, logs)
 
         def on_train_batch_begin(listed, batch, logs=None):
