@@ -130,7 +130,7 @@ def make(root, train=TRAIN):
     return path
 
 
-def pretend_run(path, output, parameters, folder=".", screen=None):
+def pretend_run(path, output, parameters, folder=".", screen=None, skip=None):
     """Do what `run.run` does for the tiny notebook, without a kernel: for tests of what comes after."""
     notebook = read(path)
     cells = code_cells(notebook)

@@ -1,5 +1,6 @@
 """tools/run.py: a notebook runs in a terminal, shows what it says and how far it is, and stops cleanly."""
 
+import ast
 import io
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import run
 import small_portfolio
 from conftest import ROOT
-from notebooks import cell_by_id, errors, read
+from notebooks import cell_by_id, code_cells, errors, read, tags
 from screen import Screen, shown_text
 from small_portfolio import NAME
 
@@ -79,6 +80,14 @@ def test_an_error_is_told_and_what_ran_is_saved(tmp_path, capsys):
     saved = read(output)
     assert errors(saved) == [("train", "ValueError: no such data")]
     assert cell_by_id(saved, "curves").execution_count is None
+
+
+def test_cells_of_a_tag_are_left_out(tmp_path):
+    path, output = small_portfolio.make(tmp_path), tmp_path / "out.ipynb"
+    assert run.run(path, output, {"PRESET": "smoke"}, tmp_path, skip="figure") == 0
+    saved = read(output)
+    assert cell_by_id(saved, "curves").execution_count is None
+    assert cell_by_id(saved, "result").execution_count == 4  # after parameters, those injected, and train
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is no signal on Windows")
@@ -176,3 +185,22 @@ def test_a_bar_that_writes_over_itself_leaves_its_end(monkeypatch):
 )
 def test_what_is_shown_of_an_output(data, text):
     assert shown_text(data) == text
+
+
+def names(cell, *kinds):
+    """Names in a cell that are used so: ast.Load, ast.Store."""
+    nodes = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
+    return {node.id for node in nodes if isinstance(node.ctx, kinds)}
+
+
+def test_a_further_seed_needs_no_experiment(notebook):
+    """tools/record.py leaves out the cells tagged `experiment`: no other one may use what only they define."""
+    defined, left_out, wanting = {"experiments"}, set(), {}
+    for cell in code_cells(notebook):
+        if "experiment" in tags(cell):
+            left_out |= names(cell, ast.Store)
+        else:
+            defined |= names(cell, ast.Store)
+            own = {node.arg for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.arg)}
+            wanting[cell.id] = names(cell, ast.Load) & left_out - defined - own
+    assert {cell_id: found for cell_id, found in wanting.items() if found} == {}

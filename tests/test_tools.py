@@ -202,7 +202,7 @@ def test_a_seed_of_another_run_is_left_out(portfolio, capsys, change):
 
 
 def test_a_run_that_failed_publishes_nothing(portfolio, monkeypatch):
-    monkeypatch.setattr(record, "run", lambda *arguments: 130)
+    monkeypatch.setattr(record, "run", lambda *arguments, **options: 130)
     before = published_files(portfolio)
     assert record.main([NAME], portfolio) == 130
     assert published_files(portfolio) == before
@@ -211,7 +211,7 @@ def test_a_run_that_failed_publishes_nothing(portfolio, monkeypatch):
 def spoil(what):
     """Return a pretended run whose outcome has a fault."""
 
-    def spoiled(path, output, parameters, folder):
+    def spoiled(path, output, parameters, folder, **options):
         small_portfolio.pretend_run(path, output, parameters, folder)
         ran = read(output)
         if what == "edited":

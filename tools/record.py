@@ -1,7 +1,8 @@
 """Run a notebook on the real data and publish what came out: outputs, record, figures, model file, README's tables.
 
     python tools/record.py 1_CNN_Model.ipynb                          preset full, seed 0: the published run
-    python tools/record.py 1_CNN_Model.ipynb --seed 1                 a further seed: only results/<name>-seed1.json
+    python tools/record.py 1_CNN_Model.ipynb --seed 1                 a further seed: only results/<name>-seed1.json,
+                                                                      without the cells tagged `experiment`
     python tools/record.py 2_MobileNetV2.ipynb --preset quick --weights FILE --weights-note "what the file is"
     python tools/record.py 1_CNN_Model.ipynb --preset smoke --no-publish   only say accuracy and peak memory
 
@@ -53,6 +54,7 @@ FINAL_KEYS = set(
     "title validation_accuracy test_accuracy margin views parameters training_flops seconds".split()
 )
 MOST_BYTES = 1_000_000
+EXPERIMENT = "experiment"  # the tag of cells whose results only the published run needs
 
 
 def arguments(argv):
@@ -144,13 +146,16 @@ def make_record(result, notebook, parameters, args, peak):
     return record | ({"peak_memory_bytes": peak} if peak else {})
 
 
-def with_outputs(committed, executed):
-    """`committed` with the outputs of `executed`, numbered 1 to n; nothing else of papermill's additions."""
+def with_outputs(committed, executed, skip=None):
+    """`committed` with the outputs of `executed`, numbered 1 to n; nothing else of papermill's additions.
+
+    Cells tagged `skip` were not executed.
+    """
     ran = [cell for cell in code_cells(executed) if not is_injected(cell)]
     cells = code_cells(committed)
     if [(cell.id, cell.source) for cell in ran] != [(cell.id, cell.source) for cell in cells]:
         raise SystemExit("The notebook was edited while it ran: run it again.")
-    counts = [cell.execution_count for cell in code_cells(executed)]
+    counts = [cell.execution_count for cell in code_cells(executed) if skip not in tags(cell)]
     if counts != list(range(1, len(counts) + 1)):
         raise SystemExit("The cells were not executed once each, in order: run it again.")
     for number, (cell, other) in enumerate(zip(cells, ran, strict=True), 1):
@@ -222,12 +227,13 @@ def main(argv=None, root=ROOT):
     folder = run_dir / path.stem / name
     executed, parameters = run_dir / f"{path.stem}-{name}.ipynb", notebook_parameters(args)
     fresh = not folder.exists()
-    status = run(path, executed, parameters, root)
+    skip, empty = (EXPERIMENT, {"experiments": {}}) if args.seed else (None, {})
+    status = run(path, executed, parameters | empty, root, skip=skip)
     peak = note_peak_memory(run_dir / f"{path.stem}-{name}-peak-memory.json", fresh)
     if status:
         return status
 
-    notebook = with_outputs(read(path), read(executed))
+    notebook = with_outputs(read(path), read(executed), skip)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     check_result(result, args, path.stem, folder)
     record = make_record(result, notebook, parameters, args, peak)

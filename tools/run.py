@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from notebooks import code_cells, parameter_names, read, write
+from notebooks import code_cells, parameter_names, read, tags, write
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from screen import Screen, shown_text
@@ -35,12 +35,12 @@ class Interrupted(Exception):
 
 
 class Client(NotebookClient):
-    """Executes a notebook, shows it on a `Screen`, and saves it at `path` after every cell."""
+    """Executes a notebook without cells tagged `skip`, shows it on a `Screen`, saves it at `path` after each cell."""
 
-    def __init__(self, notebook, path, screen):
+    def __init__(self, notebook, path, screen, skip=None):
         super().__init__(notebook, kernel_name="python3", startup_timeout=120, iopub_timeout=60)
         self.coalesce_streams, self.extra_arguments = True, ["--Application.log_level=ERROR"]
-        self.path, self.screen, self.cell, self.interrupted = path, screen, None, False
+        self.path, self.screen, self.skip, self.cell, self.interrupted = path, screen, skip, None, False
 
     async def async_start_new_kernel(self, **options):
         """Start the kernel, with Ctrl-C passed on to it; Windows has no such signal handlers."""
@@ -60,6 +60,8 @@ class Client(NotebookClient):
             raise Interrupted
         if cell.cell_type != "code":
             self.screen.headings(cell.source)
+            return cell
+        if self.skip in tags(cell):
             return cell
         self.cell = cell
         try:
@@ -83,17 +85,18 @@ class Client(NotebookClient):
         return super().process_message(message, cell, cell_index)
 
 
-def run(path, output, parameters=None, folder=".", screen=None):
+def run(path, output, parameters=None, folder=".", screen=None, skip=None):
     """Run the notebook at `path` with `parameters` in the working folder `folder`; return the exit status.
 
-    It is saved as `output` after every cell: also one that raised an error (status 1) or was interrupted (130).
+    Cells tagged `skip` are left out. It is saved as `output` after every cell: also one that raised an error
+    (status 1) or was interrupted (130).
     """
     notebook = load_notebook_node(str(path))
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     if parameters:
         notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
-    client = Client(notebook, Path(output), screen or Screen(sys.stdout))
+    client = Client(notebook, Path(output), screen or Screen(sys.stdout), skip)
     client.resources = {"metadata": {"path": str(Path(folder).resolve())}}
     problem, status = None, 0
     try:
