@@ -187,10 +187,10 @@ def test_what_is_shown_of_an_output(data, text):
     assert shown_text(data) == text
 
 
-def names(cell, *kinds):
-    """Names in a cell that are used so: ast.Load, ast.Store."""
+def names(cell, kind):
+    """Names in a cell that are read, `kind` ast.Load, or assigned, ast.Store."""
     nodes = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
-    return {node.id for node in nodes if isinstance(node.ctx, kinds)}
+    return {node.id for node in nodes if isinstance(node.ctx, kind)}
 
 
 def test_a_further_seed_needs_no_experiment(notebook):

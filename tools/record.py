@@ -227,8 +227,9 @@ def main(argv=None, root=ROOT):
     folder = run_dir / path.stem / name
     executed, parameters = run_dir / f"{path.stem}-{name}.ipynb", notebook_parameters(args)
     fresh = not folder.exists()
-    skip, empty = (EXPERIMENT, {"experiments": {}}) if args.seed else (None, {})
-    status = run(path, executed, parameters | empty, root, skip=skip)
+    skip = EXPERIMENT if args.seed else None
+    left_out = {"experiments": {}} if skip else {}  # what those cells would define for the last cell
+    status = run(path, executed, parameters | left_out, root, skip=skip)
     peak = note_peak_memory(run_dir / f"{path.stem}-{name}-peak-memory.json", fresh)
     if status:
         return status

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from notebooks import code_cells, parameter_names, read, tags, write
+from notebooks import code_cells, parameter_names, read, write
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from screen import Screen, shown_text
@@ -35,12 +35,12 @@ class Interrupted(Exception):
 
 
 class Client(NotebookClient):
-    """Executes a notebook without cells tagged `skip`, shows it on a `Screen`, saves it at `path` after each cell."""
+    """Executes a notebook, shows it on a `Screen`, and saves it at `path` after every cell."""
 
-    def __init__(self, notebook, path, screen, skip=None):
-        super().__init__(notebook, kernel_name="python3", startup_timeout=120, iopub_timeout=60)
+    def __init__(self, notebook, path, screen, **options):
+        super().__init__(notebook, kernel_name="python3", startup_timeout=120, iopub_timeout=60, **options)
         self.coalesce_streams, self.extra_arguments = True, ["--Application.log_level=ERROR"]
-        self.path, self.screen, self.skip, self.cell, self.interrupted = path, screen, skip, None, False
+        self.path, self.screen, self.cell, self.interrupted = path, screen, None, False
 
     async def async_start_new_kernel(self, **options):
         """Start the kernel, with Ctrl-C passed on to it; Windows has no such signal handlers."""
@@ -60,8 +60,6 @@ class Client(NotebookClient):
             raise Interrupted
         if cell.cell_type != "code":
             self.screen.headings(cell.source)
-            return cell
-        if self.skip in tags(cell):
             return cell
         self.cell = cell
         try:
@@ -96,7 +94,8 @@ def run(path, output, parameters=None, folder=".", screen=None, skip=None):
         cell.outputs, cell.execution_count = [], None
     if parameters:
         notebook = parameterize_notebook(notebook, parameters, kernel_name="python3", language="python")
-    client = Client(notebook, Path(output), screen or Screen(sys.stdout), skip)
+    options = {"skip_cells_with_tag": skip} if skip else {}
+    client = Client(notebook, Path(output), screen or Screen(sys.stdout), **options)
     client.resources = {"metadata": {"path": str(Path(folder).resolve())}}
     problem, status = None, 0
     try:
