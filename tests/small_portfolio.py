@@ -34,6 +34,7 @@ print(f"{PRESET} {SEED} {RETRAIN!r}: {0.9 + SEED / 100:.2%}")"""
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CURVES = f'display(Image(base64.b64decode("{PNG}"), format="png"))'
 STAGE = {
+    "name": "modern",
     "title": "(e) modern CNN",
     "seed": 0,
     "parameters": 1_973_921,

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import nbformat
 import refresh
+from adopt import read_state
 from notebooks import (
     ROOT,
     cell_by_id,
@@ -130,8 +131,20 @@ def note_peak_memory(path, fresh):
     return max(peak, before)
 
 
-def make_record(result, notebook, parameters, args, peak):
-    """The record of a run: what the notebook left, and what it was made with."""
+def adopted(folder, stages):
+    """Where stages of the model were trained that tools/adopt.py took over; if it was all of them, the seconds too."""
+    states = [read_state(path) for stage in stages for path in (folder / stage["name"]).glob("epoch-*.keras")]
+    elsewhere = [state for state in states if "trained_on" in state]
+    if not elsewhere:
+        return {}
+    place = elsewhere[-1]["trained_on"]
+    if len(elsewhere) < len(stages):
+        return {"trained_on": f"{place} ({len(elsewhere)} of {len(stages)} stages)"}
+    return {"trained_on": place, "training_seconds": sum(state["seconds"] for state in elsewhere)}
+
+
+def make_record(result, notebook, parameters, args, peak, folder):
+    """The record of a run in `folder`: what the notebook left, and what it was made with."""
     weights = initial_weights(notebook, parameters)
     record = {
         **result,
@@ -142,6 +155,7 @@ def make_record(result, notebook, parameters, args, peak):
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("keras", result["backend"], "numpy")},
         "code_sha256": code_digest(notebook),
+        **adopted(folder, result["stages"]),
     }
     return record | ({"peak_memory_bytes": peak} if peak else {})
 
@@ -237,7 +251,7 @@ def main(argv=None, root=ROOT):
     notebook = with_outputs(read(path), read(executed), skip)
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     check_result(result, args, path.stem, folder)
-    record = make_record(result, notebook, parameters, args, peak)
+    record = make_record(result, notebook, parameters, args, peak, folder)
     named = [
         parameters[key] for key in ("DATA_DIR", "WEIGHTS") if Path(str(parameters.get(key))).is_absolute()
     ]

@@ -45,6 +45,16 @@ def device(record):
     return f"{record['device_name']}, {record['precision'].removeprefix('mixed_')}"
 
 
+def trained_on(record):
+    """Where the best model of a run was trained."""
+    return record.get("trained_on", device(record))
+
+
+def training_seconds(record):
+    """Seconds that the best model of a run was trained."""
+    return record.get("training_seconds", record["final"]["seconds"])
+
+
 def result_row(name, runs, notes, root):
     """Row of the results table."""
     if not (Path(root) / f"{name}.ipynb").exists():
@@ -60,7 +70,7 @@ def result_row(name, runs, notes, root):
         len(runs[name]),
         f"{final['parameters'] / 1e6:.1f} M",
         pflop(final["training_flops"]),
-        f"{duration(final['seconds'])}, {device(record)}",
+        f"{duration(training_seconds(record))}, {trained_on(record)}",
     ]
 
 
@@ -93,7 +103,7 @@ def metrics(root):
     mean = {name: statistics.mean(accuracies(records)) for name, records in runs.items()}
     final = {name: records[0]["final"] for name, records in runs.items()}
     gain = {name: 100 * (mean[name] - GUESSING) / (final[name]["training_flops"] / 1e15) for name in runs}
-    seconds = {name: final[name]["seconds"] for name in runs}
+    seconds = {name: training_seconds(records[0]) for name, records in runs.items()}
     middle = statistics.median(seconds.values())
     quick = [name for name in runs if seconds[name] <= middle]
 
@@ -115,7 +125,7 @@ def metrics(root):
             line(
                 "Fastest training",
                 fastest,
-                f" in {duration(seconds[fastest])} on {device(runs[fastest][0])}.",
+                f" in {duration(seconds[fastest])} on {trained_on(runs[fastest][0])}.",
             ),
             line(
                 "Best accuracy for its time",
@@ -192,5 +202,9 @@ def small_print(runs):
     peak = record.get("peak_memory_bytes")
     memory = f", at most {peak / 1e9:.1f} GB of memory" if peak else ""
     run = f"Recorded on {record['date']}: preset `{record['preset']}`, seed {record['seed']}, on {device(record)}"
-    run += f", {duration(record['final']['seconds'])} for the best model{memory}."
+    took = duration(training_seconds(record))
+    if "trained_on" in record:
+        run += f"{memory}. The best model was trained on {trained_on(record)}, in {took}."
+    else:
+        run += f", {took} for the best model{memory}."
     return f"<small>{run} Counted with {record['final']['views']}. {' '.join(notes_of(record)[:3])}</small>"
