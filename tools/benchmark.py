@@ -164,7 +164,7 @@ def measure_modern(seconds, modern):
     images, labels = random_data(8 * MODERN_BATCH)
     values = {"x_train": images, "train_stage": lambda *arguments: None}  # nothing is to be trained yet
     namespace = notebook_namespace("1_CNN_Model", MODERN_CELLS, "float32", **values)
-    namespace["augmentation"] = lambda pixels: namespace["layers"].Rescaling(1.0)
+    namespace["modern_augmentation"] = lambda: namespace["layers"].Rescaling(1.0)
     model = namespace["modern_training"]()
     if modern == "torch":
         import plain_pytorch
