@@ -4,7 +4,7 @@ import benchmark
 import pytest
 
 
-@pytest.mark.parametrize("variant", ["in-model", "host", "tf-data", "keras"])
+@pytest.mark.parametrize("variant", ["host", "tf-data", "keras"])
 def test_a_variant_trains(variant, monkeypatch):
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "tensorflow":
@@ -14,9 +14,8 @@ def test_a_variant_trains(variant, monkeypatch):
         train(1)
         return batch
 
-    monkeypatch.setattr(
-        benchmark, "MODERN_BATCH", 125
-    )  # as small as the schedule of a thousand images allows
+    # As small as the schedule of a thousand images allows.
+    monkeypatch.setattr(benchmark, "MODERN_BATCH", 125)
     monkeypatch.setattr(benchmark, "rate_of", one_step)
     policy = keras.config.dtype_policy()
     try:
