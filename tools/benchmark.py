@@ -164,8 +164,8 @@ def measure_modern(seconds, modern):
     images, labels = random_data(8 * MODERN_BATCH)
     values = {"x_train": images, "train_stage": lambda *arguments: None}  # nothing is to be trained yet
     namespace = notebook_namespace("1_CNN_Model", MODERN_CELLS, "float32", **values)
-    namespace["modern_augmentation"] = lambda: namespace["layers"].Rescaling(1.0)
-    model = namespace["modern_training"]()
+    recipe = namespace["modern_training"]()
+    model = namespace["compiled"](recipe.get_layer("network"), recipe.optimizer, None, smoothing=0.2)
     if modern == "torch":
         import plain_pytorch
 
