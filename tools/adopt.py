@@ -12,7 +12,6 @@ tools/record.py publishes that. Stages that are not finished, or that the run fo
 import argparse
 import json
 import os
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 from notebooks import ROOT
 
 # Keys of what follows from the machine
-MACHINE = re.compile("backend|number format|initial weights|dtype|jit_compile")
+MACHINE = {"backend", "number format", "initial weights", "dtype", "jit_compile"}
 STATE = "state.json"
 
 
@@ -31,11 +30,7 @@ def comparable(settings):
     if not isinstance(settings, dict):
         return settings
     features = {key for key in settings if key.startswith("data ") and isinstance(settings[key], float)}
-    return {
-        key: comparable(value)
-        for key, value in settings.items()
-        if key not in features and not MACHINE.fullmatch(key)
-    }
+    return {key: comparable(settings[key]) for key in settings if key not in MACHINE | features}
 
 
 def read_state(path):
@@ -49,9 +44,8 @@ def read_state(path):
     raise SystemExit(f"{path} is damaged. Bring it over again.")
 
 
-def adopt(source, target, note):
-    """Copy the backup at `source` to `target`, all of it or nothing; say in it where it was trained."""
-    state = read_state(source)
+def adopt(source, target, state, note):
+    """Copy the backup at `source`, with its `state`, to `target`, all or nothing; say in it where it was trained."""
     settings = state["settings"]
     place = {"trained_on": f"{note}, {settings['number format'].removeprefix('mixed_')}"}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +84,7 @@ def main(argv=None, root=ROOT):
         elif [*target.parent.glob("epoch-*.keras")]:
             print(f"{stage}: there already")
         else:
-            adopt(source, target, args.note)
+            adopt(source, target, state, args.note)
             print(f"{stage}: taken over")
     return 0
 
