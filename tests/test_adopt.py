@@ -123,3 +123,16 @@ def test_a_model_of_which_only_a_part_was_taken_over(there, here):
     edit_state(second, lambda state: state.pop("trained_on", None))
     found = record.adopted(here.run, [{"name": "stage"}, {"name": "second"}])
     assert found == {"trained_on": f"{NOTE}, float16 (1 of 2 stages)"}
+
+
+def test_experiments_of_which_a_part_was_taken_over(there, here):
+    take_over(there, here)
+    for name in ("second, seed 0", "third, seed 0/a part", "fourth, seed 0"):
+        shutil.copytree(there.folder, here.run / name)
+    (part,) = (here.run / "third, seed 0/a part").glob("epoch-*")
+    edit_state(part, lambda state: state.update(trained_on="another GPU"))
+    runs = [{"name": name} for name in ("stage", "second, seed 0", "third, seed 0", "fourth, seed 0")]
+    experiments = {"one": {"a": runs[:1], "b": runs[1:2]}, "two": {"a": runs[:1], "c": runs[2:]}}
+    found = {"experiments_trained_on": "another GPU (2 of 4 trainings)"}
+    assert record.adopted_experiments(here.run, experiments) == found
+    assert record.adopted_experiments(there.run, experiments) == {}

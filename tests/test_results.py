@@ -221,7 +221,8 @@ def test_every_row_carries_its_footnotes(published):
 
 
 def test_the_small_print_names_data_weights_and_software(published):
-    change_record(published, data="93 images are re-encoded", peak_memory_bytes=3_900_000_000)
+    places = {"trained_on": "a GPU, float16", "experiments_trained_on": "a TPU, bfloat16 (1 of 2 trainings)"}
+    change_record(published, data="93 images are re-encoded", peak_memory_bytes=3_900_000_000, **places)
     refresh.refresh(published)
     text = cell_by_id(read(published / f"{NAME}.ipynb"), "takeaways").source
     for part in (
@@ -231,6 +232,8 @@ def test_the_small_print_names_data_weights_and_software(published):
         "seed 0",
         "3.9 GB",
         "CPU cores",
+        "The best model was trained on a GPU, float16, in ",
+        "The experiments were trained on a TPU, bfloat16 (1 of 2 trainings).",
     ):
         assert part in text
 

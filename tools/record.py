@@ -131,16 +131,32 @@ def note_peak_memory(path, fresh):
     return max(peak, before)
 
 
+def taken_over(folder, runs):
+    """States of the backups of each of these trainings that tools/adopt.py took over, a list for each training."""
+    backups = [sorted((folder / run["name"]).rglob("epoch-*.keras")) for run in runs]
+    return [[state for state in map(read_state, paths) if "trained_on" in state] for paths in backups]
+
+
 def adopted(folder, stages):
     """Where stages of the model were trained that tools/adopt.py took over; if it was all of them, the seconds too."""
-    states = [read_state(path) for stage in stages for path in (folder / stage["name"]).glob("epoch-*.keras")]
-    elsewhere = [state for state in states if "trained_on" in state]
-    if not elsewhere:
+    states = [found[-1] for found in taken_over(folder, stages) if found]
+    if not states:
         return {}
-    place = elsewhere[-1]["trained_on"]
-    if len(elsewhere) < len(stages):
-        return {"trained_on": f"{place} ({len(elsewhere)} of {len(stages)} stages)"}
-    return {"trained_on": place, "training_seconds": sum(state["seconds"] for state in elsewhere)}
+    place = states[-1]["trained_on"]
+    if len(states) < len(stages):
+        return {"trained_on": f"{place} ({len(states)} of {len(stages)} stages)"}
+    return {"trained_on": place, "training_seconds": sum(state["seconds"] for state in states)}
+
+
+def adopted_experiments(folder, experiments):
+    """Where trainings of the experiments, {name: {arm: runs}}, were trained that tools/adopt.py took over."""
+    repeated = [runs for arms in experiments.values() for runs in arms.values()]
+    runs = {run["name"]: run for runs in repeated for run in runs}  # two arms may share a training
+    found = [states for states in taken_over(folder, runs.values()) if states]
+    if not found:
+        return {}
+    place = found[-1][-1]["trained_on"]
+    return {"experiments_trained_on": f"{place} ({len(found)} of {len(runs)} trainings)"}
 
 
 def make_record(result, notebook, parameters, args, peak, folder):
@@ -156,6 +172,7 @@ def make_record(result, notebook, parameters, args, peak, folder):
         | {name: version(name) for name in ("keras", result["backend"], "numpy")},
         "code_sha256": code_digest(notebook),
         **adopted(folder, result["stages"]),
+        **adopted_experiments(folder, result["experiments"]),
     }
     return record | ({"peak_memory_bytes": peak} if peak else {})
 

@@ -207,4 +207,6 @@ def small_print(runs):
         run += f"{memory}. The best model was trained on {trained_on(record)}, in {took}."
     else:
         run += f", {took} for the best model{memory}."
+    if "experiments_trained_on" in record:
+        run += f" The experiments were trained on {record['experiments_trained_on']}."
     return f"<small>{run} Counted with {record['final']['views']}. {' '.join(notes_of(record)[:3])}</small>"
