@@ -195,6 +195,16 @@ def test_key_metrics_name_the_best_of_each_kind(published):
     assert text.count("<sup>") == 4
 
 
+def test_times_of_different_machines_are_not_compared(published):
+    small_portfolio.add_other(published, seconds=1.0, trained_on="a GPU, float16")
+    names = [
+        re.search(rf"\*\*{title}:\*\* \[(.*?)\]", tables.metrics(published))
+        for title in ("Fastest training", "Best.*?time")
+    ]
+    assert [found[1] for found in names] == [TITLES[NAME]] * 2
+    assert "of the 1 trained on" in tables.metrics(published)
+
+
 def test_insights_say_verdict_amount_and_on_what(published):
     rows = tables.insights(published).splitlines()[2:]
     assert rows[0].endswith(

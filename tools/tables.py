@@ -103,9 +103,11 @@ def metrics(root):
     mean = {name: statistics.mean(accuracies(records)) for name, records in runs.items()}
     final = {name: records[0]["final"] for name, records in runs.items()}
     gain = {name: 100 * (mean[name] - GUESSING) / (final[name]["training_flops"] / 1e15) for name in runs}
-    seconds = {name: training_seconds(records[0]) for name, records in runs.items()}
+    places = {name: trained_on(records[0]).rpartition(", ")[0] for name, records in runs.items()}
+    place = statistics.mode(places.values())  # times of different machines say nothing about the networks
+    seconds = {name: training_seconds(runs[name][0]) for name in runs if places[name] == place}
     middle = statistics.median(seconds.values())
-    quick = [name for name in runs if seconds[name] <= middle]
+    quick = [name for name in seconds if seconds[name] <= middle]
 
     def line(title, name, text):
         number, _, spread = accuracy_text(accuracies(runs[name]), 1).partition(" ")
@@ -125,12 +127,12 @@ def metrics(root):
             line(
                 "Fastest training",
                 fastest,
-                f" in {duration(seconds[fastest])} on {trained_on(runs[fastest][0])}.",
+                f" in {duration(seconds[fastest])}, of the {len(seconds)} trained on {place}.",
             ),
             line(
                 "Best accuracy for its time",
                 timed,
-                f" in {duration(seconds[timed])}: the best of those that took at most the median, {duration(middle)}.",
+                f" in {duration(seconds[timed])}, of those that took at most the median there, {duration(middle)}.",
             ),
         ]
     )
