@@ -103,7 +103,7 @@ def metrics(root):
     mean = {name: statistics.mean(accuracies(records)) for name, records in runs.items()}
     final = {name: records[0]["final"] for name, records in runs.items()}
     gain = {name: 100 * (mean[name] - GUESSING) / (final[name]["training_flops"] / 1e15) for name in runs}
-    places = {name: trained_on(records[0]).rpartition(", ")[0] for name, records in runs.items()}
+    places = {name: records[0].get("trained_on", records[0]["device_name"]) for name, records in runs.items()}
     place = statistics.mode(places.values())  # times of different machines say nothing about the networks
     seconds = {name: training_seconds(runs[name][0]) for name in runs if places[name] == place}
     middle = statistics.median(seconds.values())
