@@ -162,9 +162,10 @@ def measure_probe(seconds, probe):
 def measure_modern(seconds, modern):
     """Images per second of training the modern CNN, the notebook's model or the same in plain PyTorch."""
     images, labels = random_data(8 * MODERN_BATCH)
-    values = {"x_train": images, "train_stage": lambda *arguments: None}  # nothing is to be trained yet
+    untrained = dict.fromkeys(("train_stage", "trained"), lambda *arguments: None)
+    values = {"x_train": images, **untrained}
     namespace = notebook_namespace("1_CNN_Model", MODERN_CELLS, "float32", **values)
-    recipe = namespace["modern_training"]()
+    recipe = namespace["modern_training"](32, 1, (1.0, 0.0))
     model = namespace["compiled"](recipe.get_layer("network"), recipe.optimizer, None, smoothing=0.2)
     if modern == "torch":
         import plain_pytorch

@@ -63,7 +63,8 @@ def run_cells(notebook, parameters, first=None, last=LAST_CELL, small=SMALL, edi
             names.update(parameters)
         elif cell.id == "presets" and small:
             preset = names["PRESETS"]["smoke"]
-            preset.update({key: small.get(key.split("_")[-1], old) for key, old in preset.items()})
+            numbers = [key for key, value in preset.items() if isinstance(value, int)]
+            preset.update({key: small.get(key.split("_")[-1], preset[key]) for key in numbers})
         elif cell.id == "split-data" and small:
             images = small.get("validation", 100)
             names.update({name: names[name][:images] for name in ("x_val", "y_val", "x_test", "y_test")})
