@@ -211,6 +211,8 @@ def test_insights_say_verdict_amount_and_on_what(published):
         r"| Augmentation \| mirror helps | **yes** | +3.1 ± 0.4 points, 3 seeds | four small CNNs, 45,000 images |"
     )
     assert "| **open** | -0.20 points, 1 seed | (e) alone |" in rows[1]
+    work = {"effect": 0.34, "margin": None, "unit": "PFLOP", "pairs": 1}
+    assert tables.amount(work) == "0.34 PFLOP, 1 seed"
 
 
 def test_every_row_carries_its_footnotes(published):

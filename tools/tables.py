@@ -139,7 +139,10 @@ def metrics(root):
 
 
 def amount(claim):
-    """How large the effect of a claim is, with the 95 % interval and the number of seeds, or of images compared."""
+    """How large the effect of a claim is, with the 95 % interval and the number of seeds, or of images compared.
+
+    An effect is a difference and has its sign; work in PFLOP is an amount and has none.
+    """
     effect, margin, unit, pairs = claim["effect"], claim["margin"], claim["unit"], claim["pairs"]
     kind = "image" if pairs > MOST_SEEDS else "seed"
     seeds = f"{pairs:,} {kind}{'s' * (pairs != 1)}"
@@ -147,7 +150,8 @@ def amount(claim):
         return seeds
     digits = 1 if max(abs(effect), margin or 0) >= 1 else 2
     interval_text = f" ± {margin:.{digits}f}" if margin is not None else ""
-    return f"{effect:+.{digits}f}{interval_text} {unit}, {seeds}"
+    sign = "" if unit == "PFLOP" else "+"
+    return f"{effect:{sign}.{digits}f}{interval_text} {unit}, {seeds}"
 
 
 def insights(root):
