@@ -20,7 +20,7 @@ from test_transfer import BATCH, FIFTH, FOURTH, PATHS, SECOND, SIZE, THIRD, back
 BLOCKS = ["conv1", "conv2", "pool2", "conv3", "pool3", "conv4", "pool4", "conv5"]
 OWN = {
     SECOND: ["fine-tuning"],
-    THIRD: "show-parts thaw rest-of-cosine tuning-model train-phases joined phases-of".split(),
+    THIRD: "show-parts thaw part-of-cosine tuning-model train-phases joined phases-of".split(),
     FOURTH: ["schedules", "fine-tuning"],
     FIFTH: "price part-of-cosine tuning-model train-sizes joined".split(),
 }
@@ -51,7 +51,7 @@ def opened(imported, path, run, edits=(), size=SIZE):
         data, choice = (*images, names.x_val, names.y_val), [names.PARTS[7:], names.PARTS[5:]]
         phases = names.phases_of(choice, [SIZE] * 2)
         parts = names.train_phases("tuned", "fine-tuned", phases, probe, data)["parts"]
-        build = partial(names.tuning_model, probe, names.PARTS[5:], SIZE, 2, 1)
+        build = partial(names.tuning_model, probe, names.PARTS[5:], SIZE, 0.5, 0.5)
     elif path == FIFTH:
         plan = [(32, 1), (SIZE, 1)]
         parts = names.train_sizes("tuned", "fine-tuned", plan, probe, *images)["parts"][1:]
@@ -159,7 +159,7 @@ SCALINGS = {
 UPSCALING = ('interpolation="bilinear", name', 'interpolation="nearest", name')
 RISES = {
     SECOND: ("steps // 10", "steps // 2"),
-    THIRD: ("total // 10", "total // 2"),
+    THIRD: ("spent / 0.1", "spent / 0.3"),
     FOURTH: ("rising=0.1", "rising=0.5"),
     FIFTH: ("spent / 0.1", "spent / 0.3"),
 }

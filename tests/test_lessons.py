@@ -202,20 +202,8 @@ class TestSchedules:
         found = {step: rate_at(schedule, step) for step in self.POINTS[kind]}
         assert found == pytest.approx(self.POINTS[kind], abs=1e-6)
 
-    def test_rest_of_cosine(self, cells):
-        schedule = cells(THIRD, "rest-of-cosine").RestOfCosine
-        points = self.POINTS["cosine"]
-        for done in (0, 6, 50):
-            rest = schedule(PEAK, 120, done)
-            found = {step: rate_at(rest, step - done) for step in points if step >= done}
-            rise = {step: min(1, (step - done + 1) / 12) if done else 1 for step in found}
-            assert found == pytest.approx({step: points[step] * rise[step] for step in found}, abs=1e-6)
-            again = schedule.from_config(rest.get_config())
-            assert rate_at(again, 7) == rate_at(rest, 7)
-        assert rate_at(schedule(PEAK, 5, 0), 1) == pytest.approx(1), "a short one has a step of warm-up"
-
     def test_part_of_cosine(self, cells):
-        schedule = cells(FIFTH, "part-of-cosine").PartOfCosine
+        schedule = cells(THIRD, "part-of-cosine").PartOfCosine
         share = {step / 120: rate for step, rate in self.POINTS["cosine"].items()}
         for begin, pace in ((0, 0.001), (0.05, 0.01), (0.55, 0.05)):
             part = schedule(PEAK, begin, pace)
