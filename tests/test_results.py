@@ -172,6 +172,12 @@ def test_a_model_file_that_is_missing_is_noticed(published):
     assert f"{NAME}.ipynb: the model file in results/ is not the recommended one" in complaints(published)
 
 
+def test_model_files_are_listed_with_their_own_accuracy(published):
+    """It is the one that the file was measured to have, not that of the model it was made from."""
+    [row] = tables.files(published).splitlines()[2:]
+    assert row.endswith(f"| {TITLES[NAME]} | 1.5 MB | 88.80 % |")
+
+
 def test_the_overview_is_drawn_from_its_points(published):
     change_record(published, training_flops=6.42e14)
     assert "results/overview.png is stale" in complaints(published)
