@@ -1,7 +1,9 @@
 """tools/: shared cells are carried, runs are recorded, origins are checked, outputs are fit to be published."""
 
+import base64
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import notebooks
+import numpy as np
 import origins
 import pytest
 import record
@@ -17,6 +20,7 @@ import small_portfolio
 import sync_cells
 from nbformat.v4 import new_output
 from notebooks import PENDING, cell_by_id, code_cells, code_digest, read
+from PIL import Image
 from small_portfolio import LEAVE, NAME, OTHER, RESULT
 
 
@@ -139,6 +143,17 @@ def test_recording_publishes_record_outputs_figures_model_and_tables(tmp_path, m
     ):
         assert text in readme
     assert refresh.main(["--check"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("alpha, mode", [(255, "RGB"), (254, "RGBA")])
+def test_published_pictures_are_the_same_in_fewer_bytes(alpha, mode):
+    pixels = np.random.default_rng(0).integers(0, 4, (90, 120, 4)).cumsum(axis=1).astype(np.uint8)
+    pixels[..., 3] = alpha
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png", compress_level=1)
+    packed = base64.b64decode(record.compressed(base64.b64encode(file.getvalue())))
+    assert len(packed) < len(file.getvalue())
+    assert (picture := Image.open(io.BytesIO(packed))).mode == mode
+    assert np.array_equal(np.array(picture.convert("RGBA")), pixels)
 
 
 def test_only_full_runs_publish_a_model_file(portfolio):
