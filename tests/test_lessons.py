@@ -329,12 +329,29 @@ class TestEffort:
         assert claim["effect"] == (pytest.approx(first) if first else None)
 
 
+class TestPace:
+    """Notebook 5 compares seconds; the arm of both sizes shows whether the machine kept its speed meanwhile."""
+
+    @pytest.mark.parametrize("last, word", [(15, "as it should"), (5, "changed"), (25, "changed")])
+    def test_a_machine_that_changes_its_speed_is_named(self, cells, last, word):
+        said, arms = [], {"(a)": [10, 11], "(b)": [20, 21], "(c)": [last, last + 1]}
+        runs = {
+            title: [{"seconds": value, "training_flops": 1e12} for value in values]
+            for title, values in arms.items()
+        }
+        given = {"arms": runs, "works": [1e12] * 3, "b": runs["(b)"], "table": lambda *parts: None}
+        space = cells(FIFTH, "verdict", "tell-seconds", **given, say=said.append)
+        assert word in said[-1] and space.slower["verdict"] == "no", (
+            "equal times are claimed, (b) takes double"
+        )
+
+
 class TestComparison:
     """Notebook 5 shows the results of the others where they are, and stands alone where they are not."""
 
     RECORD = {
         "image_size": 32,
-        "final": {"test_accuracy": 90, "margin": 1, "parameters": 2, "training_flops": 3, "seconds": 4},
+        "final": {"test_accuracy": 90, "margin": 1, "parameters": 2, "training_flops": 3},
     }
 
     def read(self, cells, folder, text=None):
@@ -343,7 +360,7 @@ class TestComparison:
         (folder / FIRST.stem / run.name).mkdir(parents=True)
         if text is not None:
             (folder / FIRST.stem / run.name / "result.json").write_text(text)
-        part = {"training_flops": 1e15, "seconds": 60}
+        part = {"training_flops": 1e15}
         values = {"tuned": {"parts": [part, part]}, "final": SimpleNamespace(count_params=lambda: 7)}
         values |= {"RUN": run, "NOTEBOOK": FIFTH.stem, "IMAGE_SIZE": 160}
         return cells(FIFTH, "read-results", **values, test_accuracy=95.0, margin=0.5)
@@ -351,8 +368,8 @@ class TestComparison:
     def test_results_of_others_are_read(self, cells, tmp_path):
         space = self.read(cells, tmp_path, json.dumps(self.RECORD))
         assert list(space.networks.index) == [FIRST.stem, FIFTH.stem]
-        assert list(space.networks.loc[FIRST.stem]) == [90, 1, 2, 3, 4, 32]
-        assert list(space.networks.loc[FIFTH.stem]) == [95, 0.5, 7, 2e15, 120, 160]
+        assert list(space.networks.loc[FIRST.stem]) == [90, 1, 2, 3, 32]
+        assert list(space.networks.loc[FIFTH.stem]) == [95, 0.5, 7, 2e15, 160]
         assert space.missing == [SECOND.stem, THIRD.stem, FOURTH.stem]
 
     @pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"final": {}}', '{"final": 3}'])

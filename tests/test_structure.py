@@ -381,7 +381,7 @@ def test_top_level_holds_only_what_a_user_needs():
     if listed.returncode:
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in listed.stdout.splitlines()}
-    user = {"README.md", "LICENSE", "requirements.txt", "results", "tools", "tests", "draft", *OPTIONAL}
+    user = {"README.md", "LICENSE", "requirements.txt", "results", "tools", "tests", *OPTIONAL}
     assert {name for name in top - user if not name.startswith(".") and not name.endswith(".ipynb")} == set()
 
 
