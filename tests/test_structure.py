@@ -11,7 +11,7 @@ import notebooks
 import pytest
 import sync_cells
 from conftest import ROOT
-from notebooks import PENDING, code_cells, notebook_paths, parameter_names, read, tags
+from notebooks import PENDING, cell_namespace, code_cells, notebook_paths, parameter_names, read, tags
 from records import load_record
 
 SECTIONS = [
@@ -356,6 +356,12 @@ def test_ruff(arguments):
     command = [sys.executable, "-m", "ruff", *arguments, "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_two_devices_can_share_every_batch(notebook_path):
+    """Else the set-up cell leaves the second one idle."""
+    presets = cell_namespace(notebook_path, "presets")["PRESETS"].values()
+    assert [size for preset in presets for key, size in preset.items() if "batch" in key and size % 2] == []
 
 
 def test_ci_runs_the_readme_command():

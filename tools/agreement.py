@@ -50,8 +50,8 @@ def train(task):
         cells = run_cells(notebook, parameters, last="plain-training", small=small)
         found = {"devices": cells["DEVICES"], "backend": cells["backend"]}
         regularised = partial(cells["small_cnn"], regularise=True)
-        arms = {"plain": (cells["small_cnn"], small["epochs"])}
-        arms["both"] = (regularised, small["epochs"], cells["augmentation"])
+        arms = {"plain": (cells["small_cnn"], small["epochs"], small["batch"])}
+        arms["both"] = (regularised, small["epochs"], small["batch"], cells["augmentation"])
         for name in STAGES:
             build = partial(cells["plain_training"], *arms[name])
             stage = cells["train_stage"](name, name, build, small["epochs"], small["batch"])

@@ -118,7 +118,7 @@ def measure_small(seconds, pipeline="in-model", **options):
     targets = np.eye(10, dtype="float32")[labels]
     namespace = notebook_namespace("1_CNN_Model", SMALL_CELLS, x_train=images, **options)
     augment = namespace["augmentation"] if pipeline == "in-model" else None
-    model = namespace["plain_training"](namespace["small_cnn"], 1, augment)
+    model = namespace["plain_training"](namespace["small_cnn"], 1, BATCH, augment)
     feed = {"host": host_batches, "tf-data": tf_data_batches}.get(pipeline)
     batches = feed(images, targets) if feed else None
 
