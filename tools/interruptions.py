@@ -34,7 +34,7 @@ from notebooks import ROOT, code_cells, notebook_paths, read, tags
 
 LAST_CELL = "train-modern"
 KINDS = {"time": 0.25, "batch": 0.25, "file": 0.25, "write": 0.2, "stage": 0.05}
-SMALL = {"images": 200, "epochs": 3, "batch": 50, "validation": 100, "seeds": 2}
+SMALL = {"images": 200, "epochs": 3, "batch": 50, "step": 50, "validation": 100, "seeds": 2}
 SMALLER = [
     ("(64, 64, 256, 256, 256, 256)", "(8, 8, 16, 16, 16, 16)"),
     ("for arm in builds}", 'for arm in ["(d) both"]}'),
