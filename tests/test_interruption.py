@@ -43,8 +43,7 @@ KILLS = [("write", 30), ("file", 4), ("batch", 5), ("time", 3.0)]
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_killed_training_ends_like_an_unbroken_one(backend, small_cifar, tmp_path):
     require_backend(backend)
-    small = {"images": 100, "epochs": 2, "step": 50, "seeds": 2}
-    options = {"small": small, "last": "train-arms"}
+    options = {"small": {"images": 100, "epochs": 2, "batch": 50, "seeds": 2}, "last": "train-arms"}
     whole, _ = unbroken(NOTEBOOK, tmp_path / "unbroken", small_cifar, backend, **options)
     killed = Training(NOTEBOOK, tmp_path / "killed", small_cifar, backend, **options).finish(KILLS)
     assert killed.kills >= len(KILLS) - 1

@@ -34,7 +34,7 @@ from notebooks import ROOT, code_cells, notebook_paths, read, tags
 
 LAST_CELL = "train-modern"
 KINDS = {"time": 0.25, "batch": 0.25, "file": 0.25, "write": 0.2, "stage": 0.05}
-SMALL = {"images": 200, "epochs": 3, "batch": 50, "step": 50, "validation": 100, "seeds": 2}
+SMALL = {"images": 200, "epochs": 3, "batch": 50, "validation": 100, "seeds": 2}
 SMALLER = [
     ("(64, 64, 256, 256, 256, 256)", "(8, 8, 16, 16, 16, 16)"),
     ("for arm in builds}", 'for arm in ["(d) both"]}'),
@@ -63,8 +63,9 @@ def run_cells(notebook, parameters, first=None, last=LAST_CELL, small=SMALL, edi
             names.update(parameters)
         elif cell.id == "presets" and small:
             preset = names["PRESETS"]["smoke"]
+            sizes = small | {"step": small["batch"]}  # as in images_per_step
             numbers = [key for key, value in preset.items() if isinstance(value, int)]
-            preset.update({key: small.get(key.split("_")[-1], preset[key]) for key in numbers})
+            preset.update({key: sizes.get(key.split("_")[-1], preset[key]) for key in numbers})
         elif cell.id == "split-data" and small:
             images = small.get("validation", 100)
             names.update({name: names[name][:images] for name in ("x_val", "y_val", "x_test", "y_test")})
